@@ -1,0 +1,46 @@
+// Masks of one bit per element: element i is bit i mod 8 of byte i / 8.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "math/hd.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace qk::cpu::QK_ISA {
+
+// Eight bytes of 0 or 1 to the bits of one byte: the product moves byte i to bit 56 + i.
+inline uint8_t pack8(const uint8_t* flags) {
+  uint64_t v;
+  memcpy(&v, flags, 8);
+  return uint8_t((v * 0x0102040810204080ull) >> 56);
+}
+
+// n flags of 0 or 1 to (n + 7) / 8 bytes; the spare bits of the last byte are 0.
+inline void pack_bits(const uint8_t* flags, uint8_t* mask, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  for (; i + 64 <= n; i += 64) {
+    const __m512i v = _mm512_loadu_si512(flags + i);
+    const uint64_t bits = _mm512_test_epi8_mask(v, v);
+    memcpy(mask + i / 8, &bits, 8);
+  }
+#elif defined(__SSE2__)
+  for (; i + 16 <= n; i += 16) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(flags + i));
+    const uint16_t bits = uint16_t(_mm_movemask_epi8(_mm_slli_epi16(v, 7)));
+    memcpy(mask + i / 8, &bits, 2);
+  }
+#endif
+  for (; i + 8 <= n; i += 8) mask[i / 8] = pack8(flags + i);
+  if (i < n) {
+    uint8_t rest[8] = {};
+    memcpy(rest, flags + i, size_t(n - i));
+    mask[i / 8] = pack8(rest);
+  }
+}
+
+}  // namespace qk::cpu::QK_ISA

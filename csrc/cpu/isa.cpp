@@ -1,0 +1,12 @@
+#include "cpu/isa.h"
+
+#define QK_STRING_OF(name) #name
+#define QK_STRING(name) QK_STRING_OF(name)
+
+namespace qk::cpu::QK_ISA {
+
+extern const Kernels table;
+const Kernels table = {QK_STRING(QK_ISA), fake_quant,         fake_quant_bwd, lsq_bwd,   quant_range,
+                       qparams,           fake_quant_dynamic, quantize,       dequantize};
+
+}  // namespace qk::cpu::QK_ISA

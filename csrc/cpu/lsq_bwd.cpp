@@ -1,0 +1,81 @@
+#include "cpu/channels.h"
+#include "cpu/isa.h"
+#include "cpu/units.h"
+#include "dispatch.h"
+
+namespace qk::cpu::QK_ISA {
+
+struct Sums {
+  double scale, zero_point;
+};
+
+// One unit: gradients of x to grad_x, the sums of those of scale and zero point returned. The sums are
+// in a fixed order: 16 lanes in C over 256 elements at a time, then double.
+template <bool kClipValue, class C>
+Sums lsq_row(const C* __restrict grad, const C* __restrict x, C* __restrict grad_x, int64_t n,
+             const Channel<C> c) {
+  Sums sums = {0, 0};
+  for (int64_t b = 0; b < n; b += kSumBlock) {
+    const int64_t end = n - b < kSumBlock ? n : b + kSumBlock;
+    C scale[kLanes] = {}, zero_point[kLanes] = {};
+    const auto add = [&](int64_t i, int64_t l) {
+      const LsqGrad<C> g = lsq_grad<kClipValue>(grad[i], x[i], c);
+      grad_x[i] = g.x;
+      scale[l] += g.scale;
+      zero_point[l] += g.zero_point;
+    };
+    int64_t i = b;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int64_t l = 0; l < kLanes; ++l) add(i + l, l);
+    for (int64_t l = 0; i < end; ++i, ++l) add(i, l);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      sums.scale += double(scale[l]);
+      sums.zero_point += double(zero_point[l]);
+    }
+  }
+  return sums;
+}
+
+template <class T, class C>
+void lsq_unit(const LsqBwdParams& p, const Units& units, int64_t u, const ChannelTable<C>& table,
+              Sums* partial) {
+  C grad_buffer[Units::kElements], x_buffer[Units::kElements], out_buffer[Units::kElements];
+  const Unit unit = units[u];
+  const int64_t n = unit.rows * unit.length;
+  const C* grad = gather(static_cast<const T*>(p.grad), unit, units.stride(), grad_buffer);
+  const C* x = gather(static_cast<const T*>(p.x), unit, units.stride(), x_buffer);
+  T* dst = static_cast<T*>(p.grad_x);
+  C* out = unit.rows == 1 ? stage(dst + unit.first, out_buffer) : out_buffer;
+  const auto row = p.clip_value ? lsq_row<true, C> : lsq_row<false, C>;
+  partial[units.slot(u)] = row(grad, x, out, n, table[unit.channel * table.repeat]);
+  if (unit.rows == 1) {
+    store(dst + unit.first, out_buffer, n);
+  } else {
+    scatter(dst, unit, units.stride(), out_buffer);
+  }
+}
+
+int64_t lsq_bwd(const LsqBwdParams& p, int threads) {
+  const Units units(p.layout);
+  const int useful = threads_for(p.layout.numel(), threads);
+  int64_t bad = -1;
+  QK_DISPATCH(p.dtype, {
+    ChannelTable<C> table(p.layout);
+    bad = fill(table, p.quant, p.layout.channels);
+    Buffer<Sums> partial(units.count());
+    parallel_for(units.count(), useful,
+                 [&](int64_t u) { lsq_unit<T>(p, units, u, table, partial.data); });
+    for (int64_t c = 0; c < p.layout.channels; ++c) {
+      Sums sum = {0, 0};
+      for (int64_t k = 0; k < units.per_channel(); ++k) {
+        sum.scale += partial[c * units.per_channel() + k].scale;
+        sum.zero_point += partial[c * units.per_channel() + k].zero_point;
+      }
+      static_cast<C*>(p.grad_s)[c] = C(sum.scale * p.grad_scale);
+      static_cast<C*>(p.grad_zp)[c] = C(sum.zero_point * p.grad_scale);
+    }
+  });
+  return bad;
+}
+
+}  // namespace qk::cpu::QK_ISA

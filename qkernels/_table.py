@@ -1,0 +1,63 @@
+"""THE table: which function runs an op on a device. Data only; qkernels/_registry.py reads it.
+
+The order of the rows of one (op, device) is the order in which they are tried. The reference row
+accepts everything and comes last of the automatic choice. The Triton rows for CPU tensors run under
+TRITON_INTERPRET=1 only; they stand behind the reference, so that they run when asked for by name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One implementation of one op. Targets are "module:function", imported on first use."""
+
+    op: str
+    device: str
+    backend: str
+    target: str  # the function, with the arguments of the op's schema less `backend`
+    available: str | None = None  # device -> why this row can never run here, or None; asked once
+    refuses: str | None = None  # the op's arguments -> why it cannot take this call, or None
+
+
+BACKENDS = ("native", "triton", "reference")
+
+# op -> stem of the module that holds it in each folder of qkernels/backends
+STEMS = {
+    "fake_quant": "fake_quant",
+    "fake_quant_bwd": "fake_quant",
+    "lsq_bwd": "lsq_bwd",
+    "quant_range": "quant_range",
+    "qparams": "quant_range",
+    "fake_quant_dynamic": "fake_quant_dynamic",
+    "quantize": "quantize",
+    "dequantize": "quantize",
+}
+
+ORDER = {
+    "cpu": ("native", "reference", "triton"),
+    "cuda": ("native", "triton", "reference"),
+}
+
+AVAILABLE = {
+    "native": "qkernels._native:available",
+    "triton": "qkernels.backends.triton.launch:available",
+    "reference": None,
+}
+
+REFUSES: dict[tuple[str, str], str] = {}
+
+ROWS: list[Row] = [
+    Row(
+        op,
+        device,
+        backend,
+        f"qkernels.backends.{backend}.{stem}:{op}",
+        AVAILABLE[backend],
+        REFUSES.get((op, backend)),
+    )
+    for op, stem in STEMS.items()
+    for device, backends in ORDER.items()
+    for backend in backends
+]

@@ -1,0 +1,1 @@
+"""One folder a backend, one file an op; qkernels/_table.py lists them."""

@@ -1,0 +1,49 @@
+"""Arguments that the native rows share, in the order in which csrc/bindings.cpp takes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkernels import _native, numeric
+
+METHOD_IDS = {name: i for i, name in enumerate(numeric.METHODS)}
+
+
+def zero_point_args(zero_point: Tensor | None) -> tuple[int, bool]:
+    """(address, whether int32)."""
+    if zero_point is None:
+        return 0, False
+    return zero_point.data_ptr(), zero_point.dtype is torch.int32
+
+
+def range_args(
+    qmin: int, qmax: int, symmetric: bool, method: str, percentile: float, layout: numeric.Layout
+) -> tuple[int | float | bool, ...]:
+    """What the range kernels need besides memory."""
+    (lo_k, lo_w), (hi_k, hi_w) = (0, 0.0), (0, 0.0)
+    if method == "percentile":
+        n = layout.outer * layout.inner
+        (lo_k, lo_w), (hi_k, hi_w) = numeric.percentile_ranks(percentile, max(n, 1))
+    return qmin, qmax, symmetric, METHOD_IDS[method], lo_k, lo_w, hi_k, hi_w
+
+
+def range_workspace(target: _native.Target, x: Tensor, layout: numeric.Layout, method: str) -> Tensor:
+    """Scratch memory of the range kernels; empty on the CPU."""
+    dtype = _native.DTYPES[x.dtype]
+    size = target.lib.quant_range_workspace(target.device, dtype, *layout, METHOD_IDS[method])
+    return x.new_empty(size, dtype=torch.uint8)
+
+
+def params_like(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Uninitialised (scale, zero point) for a tensor."""
+    shape = numeric.params_shape(x.shape, axis, group_size)
+    scale = torch.empty(shape, dtype=numeric.compute_dtype(x.dtype), device=x.device)
+    return scale, torch.empty(shape, dtype=torch.int32, device=x.device)
+
+
+def like_in_order(x: Tensor, dense: Tensor, out: Tensor) -> Tensor:
+    """out, or a copy with the strides that x asks for if `dense` had to change them (groups)."""
+    if dense is x or dense.stride() == torch.empty_like(x).stride():
+        return out
+    return torch.empty_like(x, dtype=out.dtype).copy_(out)

@@ -1,0 +1,1 @@
+"""The public ops: schema, check, fake kernel, autograd function and docstring, one file each."""

@@ -1,0 +1,180 @@
+"""Argument checks that the ops share. Text: "<op>: <argument> must be <rule>, got <value>"."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import numeric
+
+# GPU calls do not wait for the scale to check it, unless the user is looking for a bug
+CHECK_ON_GPU = os.environ.get("QKERNELS_CHECK", "0") == "1"
+
+
+def check_tensor(op: str, name: str, x: Any) -> None:
+    """x must be a floating tensor of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in numeric.FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}"
+        )
+
+
+def normal_axis(op: str, x: Tensor, axis: Any, group_size: Any) -> int | None:
+    """axis counted from the front; raises if it is out of range or given with group_size."""
+    if axis is None:
+        return None
+    if type(axis) is not int:
+        raise TypeError(f"{op}: axis must be an int or None, got {axis!r}")
+    if group_size is not None:
+        raise ValueError(f"{op}: group_size must be None when axis is given, got {group_size!r}")
+    if not -x.dim() <= axis < x.dim():
+        rule = f"in {-x.dim()}..{x.dim() - 1}" if x.dim() else "None for a 0-dim x"
+        raise ValueError(f"{op}: axis must be {rule}, got {axis}")
+    return axis % x.dim()
+
+
+def check_granularity(op: str, shape: torch.Size, axis: int | None, group_size: Any) -> None:
+    """axis in 0..ndim-1 or None; group_size divides the elements of one x[0]."""
+    if axis is not None:
+        if group_size is not None:
+            raise ValueError(f"{op}: group_size must be None when axis is given, got {group_size}")
+        if not 0 <= axis < len(shape):
+            raise ValueError(f"{op}: axis must be in 0..{len(shape) - 1}, got {axis}")
+    elif group_size is not None:
+        if type(group_size) is not int:
+            raise TypeError(f"{op}: group_size must be an int or None, got {group_size!r}")
+        row = shape[1:].numel() if len(shape) > 1 else shape.numel()
+        if group_size < 1 or row % group_size:
+            raise ValueError(
+                f"{op}: group_size must be a divisor of {row} (elements of one x[0]), "
+                f"got {group_size}"
+            )
+
+
+def check_params(
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None,
+    group_size: int | None,
+) -> None:
+    """scale and zero_point: dtype, device and one entry per channel."""
+    channels = numeric.channel_count(x.shape, axis, group_size)
+    compute = numeric.compute_dtype(x.dtype)
+    if scale.dtype is not compute:
+        raise TypeError(f"{op}: scale must be {compute} for {x.dtype} x, got {scale.dtype}")
+    if zero_point is None:
+        named: tuple[tuple[str, Tensor], ...] = (("scale", scale),)
+    else:
+        if zero_point.dtype is not torch.int32 and zero_point.dtype is not compute:
+            raise TypeError(
+                f"{op}: zero_point must be torch.int32 or {compute}, got {zero_point.dtype}"
+            )
+        named = (("scale", scale), ("zero_point", zero_point))
+    for name, p in named:
+        if p.dim() > 1 or p.numel() != channels:
+            rule = f"1-D with {channels} entries"
+            if axis is None and group_size is None:
+                rule = "0-dim (or one entry)"
+            raise ValueError(f"{op}: {name} must be {rule}, got shape {tuple(p.shape)}")
+        if p.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {p.device}")
+
+
+def as_scale(op: str, x: Tensor, scale: Any) -> Tensor:
+    """scale in the compute dtype; a Python number becomes a 0-dim tensor.
+
+    Narrow floats are widened (autograd sends the gradient back in their dtype), so that a model cast
+    to bf16 keeps working. fp64 is not narrowed behind the user's back.
+    """
+    compute = numeric.compute_dtype(x.dtype)
+    if isinstance(scale, Tensor):
+        if scale.dtype is compute:
+            return scale
+        if scale.dtype not in numeric.FLOAT_DTYPES or scale.dtype is torch.float64:
+            raise TypeError(
+                f"{op}: scale must be {compute} or a narrower float for {x.dtype} x, "
+                f"got {scale.dtype}"
+            )
+        return scale.to(compute)
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        return torch.full((), float(scale), dtype=compute, device=x.device)
+    raise TypeError(f"{op}: scale must be a Tensor, a float or None, got {type(scale).__name__}")
+
+
+def as_zero_point(op: str, x: Tensor, zero_point: Any) -> Tensor | None:
+    """zero_point as int32 or in the compute dtype, or None."""
+    if zero_point is None:
+        return None
+    compute = numeric.compute_dtype(x.dtype)
+    if isinstance(zero_point, Tensor):
+        dtype = zero_point.dtype
+        if dtype is torch.int32 or dtype is compute:
+            return zero_point
+        if dtype is torch.bool or dtype.is_complex or dtype is torch.float64:
+            raise TypeError(
+                f"{op}: zero_point must be an integer, {compute} or a narrower float, got {dtype}"
+            )
+        return zero_point.to(compute if dtype.is_floating_point else torch.int32)
+    if isinstance(zero_point, (int, float)) and not isinstance(zero_point, bool):
+        return torch.full((), float(zero_point), dtype=compute, device=x.device)
+    raise TypeError(
+        f"{op}: zero_point must be a Tensor, a number or None, got {type(zero_point).__name__}"
+    )
+
+
+def check_values(op: str, scale: Tensor, zero_point: Tensor | None) -> None:
+    """Raise if a scale is not positive, finite and normal, or a zero point not finite.
+
+    On CUDA this would wait for the GPU, so it looks only if QKERNELS_CHECK=1.
+    """
+    if scale.is_cuda and not CHECK_ON_GPU:
+        return
+    bad = ~(scale.isfinite() & (scale >= numeric.smallest_scale(scale.dtype)))
+    if bad.any():
+        channel = int(bad.reshape(-1).nonzero()[0])
+        value = float(scale.reshape(-1)[channel])
+        raise ValueError(
+            f"{op}: scale must be positive, finite and at least "
+            f"{numeric.smallest_scale(scale.dtype):.3g}, got {value} at channel {channel}"
+        )
+    if zero_point is not None and not bool(zero_point.isfinite().all()):
+        channel = int((~zero_point.isfinite()).reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"{op}: zero_point must be finite, got "
+            f"{float(zero_point.reshape(-1)[channel])} at channel {channel}"
+        )
+
+
+def check_choice(op: str, name: str, value: Any, known: tuple[str, ...]) -> None:
+    """value must be one of the known names."""
+    if value not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def as_percentile(op: str, method: str, percentile: Any) -> float:
+    """The percentile to use; raises if it is out of (50, 100] or given with another method."""
+    check_choice(op, "method", method, numeric.METHODS)
+    if percentile is None:
+        return numeric.DEFAULT_PERCENTILE
+    if method != "percentile":
+        raise ValueError(
+            f"{op}: percentile must be None unless method='percentile', got {percentile!r} "
+            f"with method={method!r}"
+        )
+    if isinstance(percentile, bool) or not isinstance(percentile, (int, float)):
+        raise TypeError(f"{op}: percentile must be a number in (50, 100], got {percentile!r}")
+    check_percentile(op, float(percentile))
+    return float(percentile)
+
+
+def check_percentile(op: str, percentile: float) -> None:
+    """percentile must be in (50, 100]."""
+    if not 50.0 < percentile <= 100.0:
+        raise ValueError(f"{op}: percentile must be in (50, 100], got {percentile}")

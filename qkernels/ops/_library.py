@@ -1,0 +1,61 @@
+"""How an op is declared to torch and how it is called.
+
+Every op is a `torch.ops.qkernels.<op>` with a fake kernel, so that torch.compile and torch.export
+see it. An eager call on plain tensors skips torch's dispatcher, which would cost more than the
+kernel of a small tensor (about 6 us in Python), and asks the registry at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import _registry
+
+LIBRARY = torch.library.Library("qkernels", "DEF")
+_checks: dict[str, Callable[..., None]] = {}
+_ops: dict[str, Any] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def define(op: str, schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
+    """Declare an op. `check` gets the schema's positional arguments and raises on bad ones; it runs
+    in the real kernel and in the fake one, so that no mode skips it."""
+
+    # other keyword arguments are for the op's autograd formula alone
+    def kernel(*args: Any, backend: str = "", **_: Any) -> Any:
+        check(*args)
+        return _registry.run(op, _registry.check_backend(backend, f"{op}: backend"), *args)
+
+    def fake_kernel(*args: Any, **_: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    _checks[op] = check
+    tags = (torch.Tag.pt2_compliant_tag,)
+    LIBRARY.define(f"{op}{schema}", tags=tags)
+    LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qkernels::{op}", fake_kernel, lib=LIBRARY)
+    _ops[op] = getattr(torch.ops.qkernels, op).default
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a call on x must go through torch's dispatcher: it is compiled, exported, watched by a
+    dispatch mode, or no plain CPU or CUDA tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or x.is_meta
+    )
+
+
+def call(op: str, backend: str, *args: Any, **autograd: Any) -> Any:
+    """Run an op: by the dispatcher if traced, else by the registry."""
+    if traced(args[0]):
+        return _ops[op](*args, backend=backend, **autograd)
+    _checks[op](*args)
+    return _registry.run(op, backend, *args)

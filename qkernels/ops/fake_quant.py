@@ -1,0 +1,202 @@
+"""fake_quant: quantize and dequantize with a given, learned or dynamic scale, as an autograd function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import _registry, numeric
+from qkernels.ops import _check
+from qkernels.ops._library import call, define, traced
+from qkernels.ops.fake_quant_bwd import mask_backward
+from qkernels.ops.fake_quant_dynamic import dynamic_with_grad
+from qkernels.ops.lsq_bwd import lsq_backward
+
+
+def check_fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_size: int | None,
+    clip: str,
+    mask: bool,
+) -> None:
+    """Raise on arguments that no row could run."""
+    _check.check_tensor("fake_quant", "x", x)
+    _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
+    _check.check_granularity("fake_quant", x.shape, axis, group_size)
+    _check.check_params("fake_quant", x, scale, zero_point, axis, group_size)
+
+
+def _fake(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_size: int | None,
+    clip: str,
+    mask: bool,
+) -> tuple[Tensor, Tensor]:
+    size = numeric.mask_bytes(x.numel()) if mask else 0
+    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
+
+
+define(
+    "fake_quant",
+    "(Tensor x, Tensor scale, Tensor? zero_point, int qmin, int qmax, int? axis, int? group_size, "
+    "str clip, bool mask, *, float grad_scale=1.0, str backend='') -> (Tensor, Tensor)",
+    check_fake_quant,
+    _fake,
+)
+def save(ctx: Any, args: tuple[Any, ...], y: Tensor, mask: Tensor, backend: str) -> None:
+    """Keep for the backward the mask, or, without one, what the LSQ gradient reads."""
+    x, scale, zero_point, qmin, qmax, axis, group_size, clip = args
+    ctx.backend = backend
+    ctx.learned = mask.numel() == 0 and x.numel() > 0
+    if ctx.learned:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.rest = (qmin, qmax, axis, group_size, clip)
+    else:
+        ctx.save_for_backward(mask)
+        # the mask is in memory order, which y shares with the dense form of x
+        ctx.order = [] if group_size is not None else numeric.memory_order(y)
+
+
+def grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """(grad_x, grad_scale, grad_zero_point) from what `save` kept."""
+    if not ctx.learned:
+        (mask,) = ctx.saved_tensors
+        return mask_backward(grad, mask, ctx.order, ctx.backend), None, None
+    x, scale, zero_point = ctx.saved_tensors
+    args = (grad, x, scale, zero_point, *ctx.rest, ctx.grad_scale)
+    gx, gs, gz = lsq_backward(*args, backend=ctx.backend)
+    return gx, gs, gz if zero_point is not None and zero_point.is_floating_point() else None
+
+
+class FakeQuant(torch.autograd.Function):
+    """The eager carrier of the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
+    ) -> Tensor:
+        *rest, grad_scale, backend = rest
+        args = (x, scale, zero_point, *rest)
+        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        y, mask = _registry.run("fake_quant", backend, *args, not learned)
+        ctx.grad_scale = grad_scale
+        save(ctx, args, y, mask, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *grads(ctx, grad), *(None,) * 7
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+    ctx.grad_scale = keyword_only_inputs["grad_scale"]
+    save(ctx, inputs[:8], *output, keyword_only_inputs["backend"])
+
+
+def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *grads(ctx, grad), *(None,) * 6
+
+
+torch.library.register_autograd("qkernels::fake_quant", _op_backward, setup_context=_setup_context)
+
+
+def lsq_grad_scale(x: Tensor, qmax: int, axis: int | None, group_size: int | None) -> float:
+    """1 / sqrt(N Qp) of the LSQ paper, N the elements that share one scale, Qp = max(qmax, 1)."""
+    n = x.numel() // max(numeric.channel_count(x.shape, axis, group_size), 1)
+    return 1.0 / math.sqrt(max(n, 1) * max(qmax, 1))
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor | float | None = None,
+    zero_point: Tensor | int | None = None,
+    *,
+    bits: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    narrow_range: bool = False,
+    method: str = "minmax",
+    percentile: float | None = None,
+    clip: str = "code",
+    grad_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Quantize x to `bits` bits and back, with a straight-through (STE) gradient.
+
+    code = clamp(rint(x / scale) + zero_point, qmin, qmax);  y = (code - zero_point) * scale
+
+    Codes are -2^(bits-1) .. 2^(bits-1)-1 if symmetric, else 0 .. 2^bits-1. The gradient of x passes
+    where the code was not clipped; one bit per element is saved for it. A scale (or a floating zero
+    point) that requires grad gets the gradient of LSQ (Esser et al. 2019, arXiv 1902.08153) and
+    LSQ+ (Bhalgat et al. 2020); then x is saved instead.
+
+    Args:
+        x: any shape and strides; float32, float64, float16 or bfloat16. Computed in fp32 (fp64 for
+            fp64).
+        scale: 0-dim per tensor, 1-D with one entry per channel or group; positive. fp32 or narrower
+            (fp64 for fp64 x). A float is taken per tensor. None: the range of x, see `method`.
+        zero_point: like scale, integer or float (rounded half to even); None is 0.
+        bits: 1 .. 16.
+        axis: dimension of x that holds the channels; None: one scale for the tensor.
+        group_size: one scale per run of group_size elements in row-major order; must divide the
+            elements of one x[0]. Not together with axis.
+        symmetric: signed codes, and for scale=None a range symmetric about 0.
+        narrow_range: leave out the lowest code.
+        method: for scale=None: "minmax", "percentile", "mse" or "lsq"; see `quant_range`.
+        percentile: for method="percentile": in (50, 100], default 99.
+        clip: "code": an element is clipped iff its rounded code is out of range (as torch);
+            "value": iff x / scale + zero_point is (LSQ paper). Both gradients follow it.
+        grad_scale: factor of the gradients of scale and zero_point. None: 1 / sqrt(N Qp) as in LSQ,
+            N the elements per scale, Qp = qmax; 1.0: the plain gradient.
+        backend: "native", "triton" or "reference" for this call; None: the table's choice.
+
+    Returns:
+        A tensor of x's shape and dtype; x's strides if they are dense, else their dense order. NaN
+        stays NaN with gradient 0; +-inf go to the ends of the range.
+
+    Raises:
+        TypeError: dtype of x, scale or zero_point.
+        ValueError: bits, axis, group_size, clip, method, percentile, backend, the size or device of
+            scale or zero_point; a scale that is not positive and finite (checked on the CPU; on
+            CUDA such a channel is NaN, and QKERNELS_CHECK=1 checks there too).
+    """
+    _check.check_tensor("fake_quant", "x", x)
+    qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
+    axis = _check.normal_axis("fake_quant", x, axis, group_size)
+    row = _registry.check_backend(backend, "fake_quant: backend")
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
+        p = _check.as_percentile("fake_quant", method, percentile)
+        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
+        return dynamic_with_grad(
+            x, qmin, qmax, axis, group_size, symmetric, method, p, clip, row
+        )[0]
+    _check.as_percentile("fake_quant", method, percentile)
+    scale = _check.as_scale("fake_quant", x, scale)
+    zero_point = _check.as_zero_point("fake_quant", x, zero_point)
+    args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip)
+    learned = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
+    needs_grad = torch.is_grad_enabled() and (learned or x.requires_grad)
+    if not needs_grad:
+        return call("fake_quant", row, *args, False)[0]
+    if grad_scale is None:
+        grad_scale = lsq_grad_scale(x, qmax, axis, group_size) if learned else 1.0
+    if not traced(x):
+        check_fake_quant(*args, True)
+        return FakeQuant.apply(*args, grad_scale, row)
+    return call("fake_quant", row, *args, not learned, grad_scale=grad_scale)[0]

@@ -1,0 +1,75 @@
+"""fake_quant_bwd: the straight-through gradient from the mask of one bit per element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import numeric
+from qkernels.ops import _check
+from qkernels.ops._library import call, define, traced
+
+
+def check_fake_quant_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> None:
+    """Raise on arguments that no row could run."""
+    _check.check_tensor("fake_quant_bwd", "grad", grad)
+    size = numeric.mask_bytes(grad.numel())
+    if mask.dtype is not torch.uint8 or mask.numel() != size or mask.device != grad.device:
+        raise ValueError(
+            f"fake_quant_bwd: mask must be {size} bytes of uint8 on {grad.device}, got "
+            f"{mask.numel()} of {mask.dtype} on {mask.device}"
+        )
+    if order and sorted(order) != list(range(grad.dim())):
+        raise ValueError(
+            f"fake_quant_bwd: order must be [] or a permutation of 0..{grad.dim() - 1}, got {order}"
+        )
+
+
+def _fake_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
+    if not order:
+        return torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return grad.new_empty([grad.shape[d] for d in order]).permute(numeric.inverse(order))
+
+
+define(
+    "fake_quant_bwd",
+    "(Tensor grad, Tensor mask, int[] order, *, str backend='') -> Tensor",
+    check_fake_quant_bwd,
+    _fake_bwd,
+)
+
+
+class MaskGrad(torch.autograd.Function):
+    """grad * mask, differentiable again: it is linear in grad."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, mask: Tensor, order: list[int], backend: str) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.order, ctx.backend = order, backend
+        return call("fake_quant_bwd", backend, grad, mask, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return mask_backward(grad, mask, ctx.order, ctx.backend), None, None, None
+
+
+def mask_backward(grad: Tensor, mask: Tensor, order: list[int], backend: str) -> Tensor:
+    """grad * mask; keeps the graph only if the backward itself is differentiated."""
+    if torch.is_grad_enabled() and grad.requires_grad and not traced(grad):
+        return MaskGrad.apply(grad, mask, order, backend)
+    return call("fake_quant_bwd", backend, grad, mask, order)
+
+
+def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.order, ctx.backend = inputs[2], keyword_only_inputs["backend"]
+
+
+def _bwd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return call("fake_quant_bwd", ctx.backend, grad, ctx.saved_tensors[0], ctx.order), None, None
+
+
+torch.library.register_autograd("qkernels::fake_quant_bwd", _bwd_backward, setup_context=_setup_bwd)
