@@ -6,7 +6,7 @@ import importlib
 import platform
 import warnings
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch  # before _C, so that both share one OpenMP runtime
 from torch import Tensor
@@ -18,12 +18,8 @@ HOW_TO_BUILD = "build it with `pip install .` in the source folder"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-class Target(NamedTuple):
-    """Where a kernel runs: the compiled module, device -1 (CPU) or a CUDA index, threads or stream."""
-
-    lib: Any
-    device: int
-    handle: int
+# where a kernel runs: the compiled module, device -1 (CPU) or a CUDA index, threads or stream
+Target = tuple[Any, int, int]
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -54,8 +50,8 @@ def target(x: Tensor) -> Target:
     """Where to run a kernel over x: torch's thread count on the CPU, the current stream on CUDA."""
     if x.is_cuda:
         index = x.device.index
-        return Target(C, index, torch.cuda.current_stream(index).cuda_stream)
-    return Target(C, -1, torch.get_num_threads())
+        return C, index, torch.cuda.current_stream(index).cuda_stream
+    return C, -1, torch.get_num_threads()
 
 
 def pointer(x: Tensor | None) -> int:

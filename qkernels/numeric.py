@@ -5,8 +5,6 @@ The C++ side is csrc/math/numeric.h. docs/numerics.md states both in words.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -20,12 +18,8 @@ MSE_CANDIDATES = 80
 MSE_STEP = 0.01
 
 
-class Layout(NamedTuple):
-    """A dense tensor seen in memory order as [outer, channels, inner], one scale per channel."""
-
-    outer: int
-    channels: int
-    inner: int
+# a dense tensor seen in memory order as [outer, channels, inner], one scale per channel
+Layout = tuple[int, int, int]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +86,7 @@ def layout_of(
     """[outer, channels, inner] in memory order; axis is already in 0..ndim-1 (see check_axis)."""
     if axis is None:
         numel = shape.numel()
-        return Layout(1, 1, numel) if group_size is None else Layout(1, numel // group_size, group_size)
+        return (1, 1, numel) if group_size is None else (1, numel // group_size, group_size)
     outer = inner = 1
     before = True
     for dim in order or range(len(shape)):
@@ -102,12 +96,10 @@ def layout_of(
             outer *= shape[dim]
         else:
             inner *= shape[dim]
-    return Layout(outer, shape[axis], inner)
+    return outer, shape[axis], inner
 
 
-def plan(
-    x: Tensor, axis: int | None, group_size: int | None
-) -> tuple[Tensor, list[int], Layout]:
+def plan(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, list[int], Layout]:
     """(dense x, memory order, layout): what a row needs before it can run over raw memory.
 
     Groups are runs in row-major order, so a grouped x that is not row-major is copied; every other

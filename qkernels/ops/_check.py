@@ -25,8 +25,10 @@ def check_tensor(op: str, name: str, x: Any) -> None:
 
 
 def normal_axis(op: str, x: Tensor, axis: Any, group_size: Any) -> int | None:
-    """axis counted from the front; raises if it is out of range or given with group_size."""
+    """axis counted from the front; raises on an axis or a group_size that x does not have."""
     if axis is None:
+        if group_size is not None:
+            check_granularity(op, x.shape, None, group_size)
         return None
     if type(axis) is not int:
         raise TypeError(f"{op}: axis must be an int or None, got {axis!r}")
@@ -65,26 +67,26 @@ def check_params(
     group_size: int | None,
 ) -> None:
     """scale and zero_point: dtype, device and one entry per channel."""
-    channels = numeric.channel_count(x.shape, axis, group_size)
     compute = numeric.compute_dtype(x.dtype)
     if scale.dtype is not compute:
         raise TypeError(f"{op}: scale must be {compute} for {x.dtype} x, got {scale.dtype}")
-    if zero_point is None:
-        named: tuple[tuple[str, Tensor], ...] = (("scale", scale),)
-    else:
+    channels = numeric.channel_count(x.shape, axis, group_size)
+    check_param(op, "scale", scale, x, channels)
+    if zero_point is not None:
         if zero_point.dtype is not torch.int32 and zero_point.dtype is not compute:
             raise TypeError(
                 f"{op}: zero_point must be torch.int32 or {compute}, got {zero_point.dtype}"
             )
-        named = (("scale", scale), ("zero_point", zero_point))
-    for name, p in named:
-        if p.dim() > 1 or p.numel() != channels:
-            rule = f"1-D with {channels} entries"
-            if axis is None and group_size is None:
-                rule = "0-dim (or one entry)"
-            raise ValueError(f"{op}: {name} must be {rule}, got shape {tuple(p.shape)}")
-        if p.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} like x, got {p.device}")
+        check_param(op, "zero_point", zero_point, x, channels)
+
+
+def check_param(op: str, name: str, p: Tensor, x: Tensor, channels: int) -> None:
+    """p must have one entry per channel, on x's device."""
+    if p.dim() > 1 or p.numel() != channels:
+        rule = f"1-D with {channels} entries" if channels != 1 else "0-dim (or one entry)"
+        raise ValueError(f"{op}: {name} must be {rule}, got shape {tuple(p.shape)}")
+    if p.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like x, got {p.device}")
 
 
 def as_scale(op: str, x: Tensor, scale: Any) -> Tensor:

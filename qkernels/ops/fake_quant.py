@@ -56,18 +56,19 @@ define(
     check_fake_quant,
     _fake,
 )
+
+
 def save(ctx: Any, args: tuple[Any, ...], y: Tensor, mask: Tensor, backend: str) -> None:
     """Keep for the backward the mask, or, without one, what the LSQ gradient reads."""
-    x, scale, zero_point, qmin, qmax, axis, group_size, clip = args
     ctx.backend = backend
-    ctx.learned = mask.numel() == 0 and x.numel() > 0
+    ctx.learned = mask.numel() == 0 and y.numel() > 0
     if ctx.learned:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.rest = (qmin, qmax, axis, group_size, clip)
+        ctx.save_for_backward(*args[:3])  # x, scale, zero point
+        ctx.rest = args[3:]
     else:
         ctx.save_for_backward(mask)
-        # the mask is in memory order, which y shares with the dense form of x
-        ctx.order = [] if group_size is not None else numeric.memory_order(y)
+        # the mask is in memory order, which y shares with the dense form of x (groups: row-major)
+        ctx.order = [] if args[6] is not None else numeric.memory_order(y)
 
 
 def grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,12 +86,7 @@ class FakeQuant(torch.autograd.Function):
     """The eager carrier of the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
-    ) -> Tensor:
-        *rest, grad_scale, backend = rest
-        args = (x, scale, zero_point, *rest)
-        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    def forward(ctx: Any, grad_scale: float, backend: str, learned: bool, *args: Any) -> Tensor:
         y, mask = _registry.run("fake_quant", backend, *args, not learned)
         ctx.grad_scale = grad_scale
         save(ctx, args, y, mask, backend)
@@ -98,10 +94,12 @@ class FakeQuant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *grads(ctx, grad), *(None,) * 7
+        return None, None, None, *grads(ctx, grad), *(None,) * 5
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any
+) -> None:
     ctx.grad_scale = keyword_only_inputs["grad_scale"]
     save(ctx, inputs[:8], *output, keyword_only_inputs["backend"])
 
@@ -183,10 +181,11 @@ def fake_quant(
             raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
         p = _check.as_percentile("fake_quant", method, percentile)
         _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
-        return dynamic_with_grad(
-            x, qmin, qmax, axis, group_size, symmetric, method, p, clip, row
-        )[0]
-    _check.as_percentile("fake_quant", method, percentile)
+        return dynamic_with_grad(x, qmin, qmax, axis, group_size, symmetric, method, p, clip, row)[
+            0
+        ]
+    if method != "minmax" or percentile is not None:
+        _check.as_percentile("fake_quant", method, percentile)
     scale = _check.as_scale("fake_quant", x, scale)
     zero_point = _check.as_zero_point("fake_quant", x, zero_point)
     args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip)
@@ -198,5 +197,5 @@ def fake_quant(
         grad_scale = lsq_grad_scale(x, qmax, axis, group_size) if learned else 1.0
     if not traced(x):
         check_fake_quant(*args, True)
-        return FakeQuant.apply(*args, grad_scale, row)
+        return FakeQuant.apply(grad_scale, row, learned, *args)
     return call("fake_quant", row, *args, not learned, grad_scale=grad_scale)[0]

@@ -77,9 +77,7 @@ def _save(ctx: Any, x: Tensor, group_size: int | None, y: Tensor, mask: Tensor) 
     ctx.save_for_backward(mask)
     ctx.order = [] if group_size is not None else numeric.memory_order(y)
     if mask.numel() != numeric.mask_bytes(x.numel()):
-        raise ValueError(
-            "fake_quant_dynamic: mask must be True when x requires grad, got False"
-        )
+        raise ValueError("fake_quant_dynamic: mask must be True when x requires grad, got False")
 
 
 class FakeQuantDynamic(torch.autograd.Function):
@@ -99,7 +97,9 @@ class FakeQuantDynamic(torch.autograd.Function):
         return mask_backward(grad, mask, ctx.order, ctx.backend), *(None,) * 9
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any
+) -> None:
     y, scale, zp, mask = output
     ctx.backend = keyword_only_inputs["backend"]
     _save(ctx, inputs[0], inputs[4], y, mask)

@@ -36,9 +36,7 @@ def check_lsq_bwd(
     _check.check_params("lsq_bwd", x, scale, zero_point, axis, group_size)
 
 
-def _fake(
-    grad: Tensor, x: Tensor, scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
 
 

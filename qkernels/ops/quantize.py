@@ -193,10 +193,12 @@ def dequantize(
     if not isinstance(codes, Tensor):
         raise TypeError(f"dequantize: codes must be a Tensor, got {type(codes).__name__}")
     qmin, _ = numeric.code_range("dequantize", bits, symmetric, False)
-    axis = _check.normal_axis("dequantize", codes, axis, group_size)
+    # the groups of packed codes are counted in codes, not in bytes: checked with the size below
+    axis = _check.normal_axis("dequantize", codes, axis, None if packed else group_size)
     row = _registry.check_backend(backend, "dequantize: backend")
     if dtype is None:
-        dtype = scale.dtype if isinstance(scale, Tensor) else torch.float32
+        is_float = isinstance(scale, Tensor) and scale.dtype in numeric.FLOAT_DTYPES
+        dtype = scale.dtype if is_float else torch.float32
     if dtype not in numeric.FLOAT_DTYPES:
         raise TypeError(
             f"dequantize: dtype must be float32, float64, float16 or bfloat16, got {dtype}"

@@ -23,15 +23,18 @@ def range_args(
     """What the range kernels need besides memory."""
     (lo_k, lo_w), (hi_k, hi_w) = (0, 0.0), (0, 0.0)
     if method == "percentile":
-        n = layout.outer * layout.inner
-        (lo_k, lo_w), (hi_k, hi_w) = numeric.percentile_ranks(percentile, max(n, 1))
+        outer, _, inner = layout
+        (lo_k, lo_w), (hi_k, hi_w) = numeric.percentile_ranks(percentile, max(outer * inner, 1))
     return qmin, qmax, symmetric, METHOD_IDS[method], lo_k, lo_w, hi_k, hi_w
 
 
-def range_workspace(target: _native.Target, x: Tensor, layout: numeric.Layout, method: str) -> Tensor:
+def range_workspace(
+    target: _native.Target, x: Tensor, layout: numeric.Layout, method: str
+) -> Tensor:
     """Scratch memory of the range kernels; empty on the CPU."""
+    lib, device, _ = target
     dtype = _native.DTYPES[x.dtype]
-    size = target.lib.quant_range_workspace(target.device, dtype, *layout, METHOD_IDS[method])
+    size = lib.quant_range_workspace(device, dtype, *layout, METHOD_IDS[method])
     return x.new_empty(size, dtype=torch.uint8)
 
 

@@ -33,11 +33,11 @@ def fake_quant_dynamic(
     y = torch.empty_like(dense)
     numel = x.numel() if mask else 0
     bits = torch.empty(numeric.mask_bytes(numel), dtype=torch.uint8, device=x.device)
-    target = _native.target(x)
+    lib, device, handle = target = _native.target(x)
     scratch = range_workspace(target, x, layout, method)
-    target.lib.fake_quant_dynamic(
-        target.device,
-        target.handle,
+    lib.fake_quant_dynamic(
+        device,
+        handle,
         DTYPES[x.dtype],
         *layout,
         dense.data_ptr(),

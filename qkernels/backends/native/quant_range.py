@@ -45,11 +45,11 @@ def quant_range(
     dense, _, layout = numeric.plan(x, axis, group_size)
     scale, zp = params_like(x, axis, group_size)
     bounds = torch.empty((2, *scale.shape), dtype=scale.dtype, device=x.device)
-    target = _native.target(x)
+    lib, device, handle = target = _native.target(x)
     scratch = range_workspace(target, x, layout, method)
-    target.lib.quant_range(
-        target.device,
-        target.handle,
+    lib.quant_range(
+        device,
+        handle,
         DTYPES[x.dtype],
         *layout,
         dense.data_ptr(),

@@ -26,6 +26,7 @@ from qkernels.backends.reference.common import (
     to_channels,
     unpack_bits,
 )
+from qkernels.ops._check import check_values
 
 
 class Quantized(NamedTuple):
@@ -66,6 +67,23 @@ def fake_quant(
     mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> (y, mask bytes; empty unless asked for)."""
+    check_values("fake_quant", scale, zero_point)
+    args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip, mask)
+    return fake_quant_unchecked(*args)
+
+
+def fake_quant_unchecked(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_size: int | None,
+    clip: str,
+    mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """fake_quant with a scale that is not the user's: an invalid channel is NaN, and no error."""
     v = quantized(to_channels(x, axis, group_size), scale, zero_point, qmin, qmax, clip)
     y = from_channels(v.q * v.scale, x, group_size)
     return y, pack_bits(v.inside) if mask else x.new_empty(0, dtype=torch.uint8)

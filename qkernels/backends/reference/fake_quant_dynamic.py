@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qkernels.backends.reference.fake_quant import fake_quant
+from qkernels.backends.reference.fake_quant import fake_quant_unchecked
 from qkernels.backends.reference.quant_range import quant_range
 
 
@@ -22,5 +22,5 @@ def fake_quant_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (y, scale, zero point as int32, mask bytes; empty unless asked for)."""
     scale, zp, _ = quant_range(x, qmin, qmax, axis, group_size, symmetric, method, percentile)
-    y, bits = fake_quant(x, scale, zp, qmin, qmax, axis, group_size, clip, mask)
+    y, bits = fake_quant_unchecked(x, scale, zp, qmin, qmax, axis, group_size, clip, mask)
     return y, scale, zp, bits

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qkernels.backends.reference.common import from_channels, to_channels
 from qkernels.backends.reference.fake_quant import quantized
+from qkernels.ops._check import check_values
 
 
 def lsq_bwd(
@@ -29,6 +30,7 @@ def lsq_bwd(
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (grad_x, grad_scale, grad_zp) in the dtypes of x, of scale, and of scale."""
+    check_values("lsq_bwd", scale, zero_point)
     v = quantized(to_channels(x, axis, group_size), scale, zero_point, qmin, qmax, clip)
     like = torch.empty_like(x)  # grad in the memory order of x
     g = to_channels(like.copy_(grad), axis, group_size)

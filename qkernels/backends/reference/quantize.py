@@ -15,6 +15,7 @@ from torch import Tensor
 from qkernels import numeric
 from qkernels.backends.reference.common import from_channels, per_channel, to_channels
 from qkernels.backends.reference.fake_quant import quantized
+from qkernels.ops._check import check_values
 
 
 def quantize(
@@ -28,6 +29,7 @@ def quantize(
     pack: int,
 ) -> Tensor:
     """-> codes in code_dtype(qmin, qmax) with x's strides, or packed bytes if pack is 1, 2 or 4."""
+    check_values("quantize", scale, zero_point)
     v = quantized(to_channels(x, axis, group_size), scale, zero_point, qmin, qmax, "code")
     zp = torch.where(v.zero_point.isfinite(), v.zero_point, 0.0)
     code = torch.where(v.q.isnan(), zp.clamp(qmin, qmax), v.q + zp)
@@ -48,6 +50,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """-> (code - zp) * scale in dtype; size is the length of the last dim of packed codes."""
+    check_values("dequantize", scale, zero_point)
     if pack:
         codes = unpack_codes(codes, pack, size, signed=qmin < 0)
     compute = numeric.compute_dtype(dtype)

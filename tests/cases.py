@@ -1,0 +1,105 @@
+"""Inputs that the parity tests and the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
+
+
+class Case(NamedTuple):
+    """A tensor and the granularity at which it is quantized."""
+
+    name: str
+    make: Callable[[], Tensor]
+    axis: int | None = None
+    group_size: int | None = None
+
+    def tensor(self, dtype: torch.dtype, seed: int = 0) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            x = self.make()
+            # dtype and device changes keep dense strides but not those of views: cast the base
+            return x if x.dtype is dtype else x.to(dtype)
+
+
+def special_values() -> Tensor:
+    """Ties, range ends, zeros, denormals, huge values, infinities and NaN for scale 0.5 or so."""
+    ties = (torch.arange(-41, 42, dtype=torch.float32) / 4.0).tolist()
+    rest = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.2e-38, 3e38, -3e38, 1e30, -1e30, 65504.0]
+    return torch.tensor(
+        [*ties, *rest, float("inf"), -float("inf"), float("nan"), 127.49999, 8388609.0]
+    )
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+# names say what could go wrong: block ends, short and long inner, order of memory, views
+CASES = (
+    Case("zero_dim", lambda: torch.tensor(1.3)),
+    Case("one_element", lambda: torch.randn(1)),
+    Case("flat_odd", lambda: torch.randn(1037)),
+    Case("flat_views_every_third", lambda: torch.randn(600)[::3]),
+    Case("rows", lambda: torch.randn(5, 77), axis=0),
+    Case("rows_aligned", lambda: torch.randn(6, 64), axis=0),
+    Case("columns", lambda: torch.randn(33, 20), axis=1),
+    Case("conv_weight", lambda: torch.randn(10, 3, 3, 3), axis=0),
+    Case("conv_weight_axis1", lambda: torch.randn(4, 6, 3, 3), axis=1),
+    Case("middle_axis", lambda: torch.randn(3, 5, 7), axis=1),
+    Case("middle_axis_long", lambda: torch.randn(2, 3, 600), axis=1),
+    Case("channels_last", lambda: channels_last(2, 16, 5, 3), axis=1),
+    Case("channels_last_axis0", lambda: channels_last(4, 6, 3, 5), axis=0),
+    Case("channels_last_tensor", lambda: channels_last(2, 7, 5, 3)),
+    Case("transposed", lambda: torch.randn(30, 14).t(), axis=0),
+    Case("sliced", lambda: torch.randn(10, 20)[::2, 1::3], axis=1),
+    Case("expanded", lambda: torch.randn(1, 9).expand(4, 9), axis=1),
+    Case("unaligned", lambda: torch.randn(1 + 4 * 40)[1:].view(4, 40), axis=0),
+    Case("groups", lambda: torch.randn(4, 96), group_size=32),
+    Case("groups_odd", lambda: torch.randn(6, 15), group_size=5),
+    Case("groups_channels_last", lambda: channels_last(2, 16, 4, 3), group_size=12),
+    Case("zero_channels", lambda: torch.randn(0, 4), axis=0),
+    Case("empty_channels", lambda: torch.randn(4, 0), axis=0),
+    Case("empty_flat", lambda: torch.randn(0)),
+)
+
+# larger ones, for what happens between blocks, threads and units; not for interpreted rows
+LARGE_CASES = (
+    Case("large_flat", lambda: torch.randn(300_001)),
+    Case("large_rows", lambda: torch.randn(24, 9001), axis=0),
+    Case("large_columns", lambda: torch.randn(5000, 48), axis=1),
+    Case("large_channels_last", lambda: channels_last(8, 24, 40, 31), axis=1),
+    Case("large_groups", lambda: torch.randn(64, 4096), group_size=128),
+)
+
+# (bits, symmetric, narrow_range)
+RANGES = (
+    (2, True, False),
+    (8, False, False),
+    (4, True, True),
+    (1, False, False),
+    (16, False, False),
+)
+RANGE_IDS = ["s2", "u8", "s4narrow", "u1", "u16"]
+
+
+def params_for(x: Tensor, case: Case, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """A plain scale and an int32 zero point that clip some elements on both sides."""
+    shape: tuple[int, ...] = ()
+    if case.axis is not None:
+        shape = (x.shape[case.axis],)
+    elif case.group_size is not None:
+        shape = (x.numel() // case.group_size,)
+    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(len(shape) + qmax)
+    spread = torch.rand(shape, generator=generator).to(compute)
+    scale = (1.0 + spread) * 3.0 / (qmax - qmin)
+    middle = (qmin + qmax + 1) // 2
+    zp = middle + torch.randint(-1, 2, shape, generator=generator, dtype=torch.int32)
+    return scale, zp.clamp(qmin, qmax)

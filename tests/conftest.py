@@ -1,0 +1,40 @@
+"""Shared fixtures, and the summary of rows that were not run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# before triton is imported: without a GPU its kernels are interpreted on the CPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import rows
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN, so that what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the rows that no parity test ran: green does not mean that they work."""
+    lines = rows.not_run()
+    if lines and rows.ran:
+        terminalreporter.section("rows that were NOT run")
+        for line in lines:
+            terminalreporter.line(line)

@@ -1,0 +1,281 @@
+"""Every row against the reference, from the table: a new row is tested without a new test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, DTYPE_IDS, DTYPES, LARGE_CASES, RANGE_IDS, RANGES, Case, params_for
+from compare import assert_same, assert_sums, assert_values
+from fences import fenced
+from rows import Runner, params, reference, run
+
+from qkernels import numeric
+
+case_of = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+large_case = pytest.mark.parametrize("case", LARGE_CASES, ids=lambda c: c.name)
+dtype_of = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+METHODS = ("minmax", "percentile", "mse", "lsq")
+
+
+def row_of(op: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("runner", params(op))
+
+
+def ranges_for(runner: Runner) -> list[tuple[int, bool, bool]]:
+    """Interpreted and shimmed rows take two of the code ranges, the others all."""
+    return list(RANGES[1:3]) if runner.slow else list(RANGES)
+
+
+def order_of(x: torch.Tensor, case: Case) -> list[int]:
+    """Memory order of the result of an op on x."""
+    if case.group_size is not None:
+        return []
+    order = numeric.memory_order(torch.empty_like(x))
+    assert order is not None
+    return order
+
+
+def check_fake_quant(runner: Runner, case: Case, dtype: torch.dtype, bits_range: tuple) -> None:
+    x = (case.tensor(dtype) * 2).to(runner.device)
+    if not case.tensor(dtype).is_contiguous():
+        x = case.tensor(dtype).to(runner.device)
+    qmin, qmax = numeric.code_range("test", *bits_range)
+    scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
+    order = order_of(x, case)
+    for clip, zero_point in (("code", zp), ("value", None), ("value", zp.to(scale.dtype) + 0.3)):
+        args = (x, scale, zero_point, qmin, qmax, case.axis, case.group_size, clip)
+        want, want_mask = reference("fake_quant", *args, True)
+        with fenced():
+            got, got_mask = run(runner, *args, True)
+            plain, no_mask = run(runner, *args, False)
+        assert_same(got, want, f"y, clip={clip}")
+        assert_same(plain, want, f"y without mask, clip={clip}")
+        assert_same(got_mask, want_mask, f"mask, clip={clip}")
+        assert no_mask.numel() == 0
+        assert numeric.memory_order(got) is not None, order
+
+
+@row_of("fake_quant")
+@case_of
+@dtype_of
+def test_fake_quant(runner: Runner, case: Case, dtype: torch.dtype) -> None:
+    for bits_range in ranges_for(runner):
+        check_fake_quant(runner, case, dtype, bits_range)
+
+
+@row_of("fake_quant")
+@large_case
+def test_fake_quant_large(runner: Runner, case: Case) -> None:
+    if runner.how == "interpreted":
+        pytest.skip(f"{case.name} {runner.id}: minutes when interpreted; small cases cover it")
+    check_fake_quant(runner, case, torch.float32, (8, False, False))
+    check_fake_quant(runner, case, torch.bfloat16, (2, True, False))
+
+
+@row_of("fake_quant_bwd")
+@case_of
+@dtype_of
+def test_fake_quant_bwd(runner: Runner, case: Case, dtype: torch.dtype) -> None:
+    x = case.tensor(dtype).to(runner.device)
+    grad = case.tensor(dtype, seed=1).to(runner.device)
+    flat = grad.contiguous().reshape(-1)
+    flat[:1], flat[1:2] = float("nan"), float("inf")  # a clipped element is 0 all the same
+    grad = flat.reshape(grad.shape)
+    numel = x.numel()
+    mask = torch.randint(0, 256, (numeric.mask_bytes(numel),), dtype=torch.uint8).to(x.device)
+    order = order_of(x, case)
+    want = reference("fake_quant_bwd", grad, mask, order)
+    with fenced():
+        got = run(runner, grad, mask, order)
+    assert_same(got, want, "grad_x")
+
+
+def check_lsq_bwd(runner: Runner, case: Case, dtype: torch.dtype, bits_range: tuple) -> None:
+    x = case.tensor(dtype).to(runner.device)
+    grad = case.tensor(dtype, seed=1).to(runner.device)
+    qmin, qmax = numeric.code_range("test", *bits_range)
+    scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
+    for clip, zero_point in (("code", zp), ("value", zp.to(scale.dtype) + 0.3)):
+        args = (x, scale, zero_point, qmin, qmax, case.axis, case.group_size, clip, 0.5)
+        want = reference("lsq_bwd", grad, *args)
+        with fenced():
+            got = run(runner, grad, *args)
+            again = run(runner, grad, *args)
+        assert_same(got[0], want[0], f"grad_x, clip={clip}")
+        # what rounding can explain: the size of the terms; codes reach |qmin - zp| and |qmax - zp|
+        size = reference("lsq_bwd", grad.abs(), *args[:-1], 0.5 * (qmax - qmin + 1))
+        terms = grad.abs().to(torch.float64).sum().to(scale.dtype) * (qmax - qmin + 1)
+        assert_sums(got[1], want[1], terms, f"grad_scale, clip={clip}")
+        assert_sums(got[2], want[2], size[2].abs() + terms * scale, f"grad_zp, clip={clip}")
+        for one, two in zip(got, again, strict=True):
+            assert_same(one, two, "run to run")
+
+
+@row_of("lsq_bwd")
+@case_of
+@dtype_of
+def test_lsq_bwd(runner: Runner, case: Case, dtype: torch.dtype) -> None:
+    for bits_range in ranges_for(runner)[:3]:
+        check_lsq_bwd(runner, case, dtype, bits_range)
+
+
+@row_of("lsq_bwd")
+@large_case
+def test_lsq_bwd_large(runner: Runner, case: Case) -> None:
+    if runner.how == "interpreted":
+        pytest.skip(f"{case.name} {runner.id}: minutes when interpreted; small cases cover it")
+    check_lsq_bwd(runner, case, torch.float32, (4, True, False))
+
+
+def check_quant_range(
+    runner: Runner, case: Case, dtype: torch.dtype, method: str, bits_range: tuple
+) -> None:
+    bits, symmetric, narrow = bits_range
+    x = case.tensor(dtype).to(runner.device)
+    qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
+    percentile = 97.3 if method == "percentile" else 99.0
+    args = (x, qmin, qmax, case.axis, case.group_size, symmetric, method, percentile)
+    want = reference("quant_range", *args)
+    with fenced():
+        got = run(runner, *args)
+    names = ("scale", "zero_point", "range")
+    if method in ("minmax", "percentile"):
+        for name, a, b in zip(names, got, want, strict=True):
+            assert_same(a + 0, b + 0, f"{method} {name}")
+    elif method == "lsq":
+        assert_values(got[0], want[0], "lsq scale")
+        assert_same(got[1], want[1], "lsq zero_point")
+    else:
+        check_mse(x, case, (got, want), qmin, qmax)
+
+
+def check_mse(x: torch.Tensor, case: Case, found: tuple, qmin: int, qmax: int) -> None:
+    """Both choices are equally good: sums in another order may prefer another near-equal candidate."""
+    errors = []
+    for scale, zp, _ in found:
+        args = (
+            x.double(),
+            scale.double(),
+            zp,
+            qmin,
+            qmax,
+            case.axis,
+            case.group_size,
+            "code",
+            False,
+        )
+        y, _ = reference("fake_quant", *args)
+        errors.append((y - x.double()).square().sum())
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-5, atol=0)
+
+
+@row_of("quant_range")
+@case_of
+@dtype_of
+@pytest.mark.parametrize("method", METHODS)
+def test_quant_range(runner: Runner, case: Case, dtype: torch.dtype, method: str) -> None:
+    ranges = ranges_for(runner)[:1] if method == "mse" and runner.slow else ranges_for(runner)[:3]
+    for bits_range in ranges:
+        check_quant_range(runner, case, dtype, method, bits_range)
+
+
+@row_of("quant_range")
+@large_case
+@pytest.mark.parametrize("method", METHODS)
+def test_quant_range_large(runner: Runner, case: Case, method: str) -> None:
+    if runner.slow and (runner.how == "interpreted" or method == "mse"):
+        pytest.skip(f"{case.name} {runner.id} {method}: minutes on the CPU; small cases cover it")
+    check_quant_range(runner, case, torch.float32, method, (4, False, False))
+
+
+@row_of("qparams")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_qparams(runner: Runner, dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    lo = [-1.0, 0.0, 2.0, -3.0, -1e-42, -inf, nan, -1e30, 0.0, -0.1]
+    hi = [2.0, 0.0, 3.0, -1.0, 1e-42, 1.0, 1.0, 1e30, inf, 1e-3]
+    bounds = torch.tensor([lo, hi], dtype=dtype, device=runner.device)
+    for bits_range in RANGES:
+        qmin, qmax = numeric.code_range("test", *bits_range)
+        for one in (bounds, bounds[:, 0]):
+            want = reference("qparams", one, qmin, qmax, bits_range[1])
+            with fenced():
+                got = run(runner, one, qmin, qmax, bits_range[1])
+            assert_same(got[0], want[0], "scale")
+            assert_same(got[1], want[1], "zero_point")
+
+
+@row_of("fake_quant_dynamic")
+@case_of
+@dtype_of
+def test_fake_quant_dynamic(runner: Runner, case: Case, dtype: torch.dtype) -> None:
+    x = case.tensor(dtype).to(runner.device)
+    for bits, symmetric, narrow in ranges_for(runner):
+        qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
+        for method in ("minmax", "percentile"):
+            args = (
+                x,
+                qmin,
+                qmax,
+                case.axis,
+                case.group_size,
+                symmetric,
+                method,
+                98.0,
+                "code",
+                True,
+            )
+            want = reference("fake_quant_dynamic", *args)
+            with fenced():
+                got = run(runner, *args)
+            for name, a, b in zip(("y", "scale", "zero_point", "mask"), got, want, strict=True):
+                assert_same(a, b, f"{method} {name}")
+
+
+@row_of("fake_quant_dynamic")
+@large_case
+def test_fake_quant_dynamic_large(runner: Runner, case: Case) -> None:
+    if runner.how == "interpreted":
+        pytest.skip(f"{case.name} {runner.id}: minutes when interpreted; small cases cover it")
+    x = case.tensor(torch.float32).to(runner.device)
+    args = (x, 0, 15, case.axis, case.group_size, False, "minmax", 99.0, "value", True)
+    want = reference("fake_quant_dynamic", *args)
+    with fenced():
+        got = run(runner, *args)
+    for name, a, b in zip(("y", "scale", "zero_point", "mask"), got, want, strict=True):
+        assert_same(a, b, name)
+
+
+@row_of("quantize")
+@case_of
+@dtype_of
+def test_quantize(runner: Runner, case: Case, dtype: torch.dtype) -> None:
+    x = case.tensor(dtype).to(runner.device)
+    for bits, symmetric, narrow in ranges_for(runner):
+        qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
+        scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
+        for pack in {0, bits if bits in (1, 2, 4) and x.dim() else 0}:
+            args = (x, scale, zp, qmin, qmax, case.axis, case.group_size, pack)
+            want = reference("quantize", *args)
+            with fenced():
+                got = run(runner, *args)
+            assert_same(got, want, f"codes, pack={pack}")
+
+
+@row_of("dequantize")
+@case_of
+@dtype_of
+def test_dequantize(runner: Runner, case: Case, dtype: torch.dtype) -> None:
+    x = case.tensor(dtype).to(runner.device)
+    for bits, symmetric, narrow in ranges_for(runner):
+        qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
+        scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
+        for pack in {0, bits if bits in (1, 2, 4) and x.dim() else 0}:
+            args = (scale, zp, qmin, qmax, case.axis, case.group_size, pack)
+            codes = reference("quantize", x, *args)
+            size = x.shape[-1] if pack else 0
+            args = (codes, scale, zp, qmin, case.axis, case.group_size, pack, size, dtype)
+            want = reference("dequantize", *args)
+            with fenced():
+                got = run(runner, *args)
+            assert_same(got, want, f"y, pack={pack}")

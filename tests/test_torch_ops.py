@@ -1,0 +1,156 @@
+"""torch.library: opcheck, torch.compile with fullgraph, torch.export, AMP, other modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from compare import assert_same
+from torch import Tensor
+
+import qkernels
+from qkernels import numeric
+
+
+def samples() -> list[tuple[str, tuple]]:
+    x = torch.randn(6, 8, 5, 3)
+    last = torch.randn(2, 6, 5, 3).to(memory_format=torch.channels_last)
+    s, zp = torch.rand(6) + 0.2, torch.randint(0, 15, (6,), dtype=torch.int32)
+    grad = torch.randn_like(last)
+    mask = torch.randint(0, 256, (numeric.mask_bytes(last.numel()),), dtype=torch.uint8)
+    order = numeric.memory_order(last)
+    q = (s, zp, 0, 15)
+    learned = (s.clone().requires_grad_(), zp.float().requires_grad_(), 0, 15)
+    return [
+        ("fake_quant", (x, *q, 0, None, "code", True)),
+        ("fake_quant", (last.clone().requires_grad_(), *q, 1, None, "code", True)),
+        ("fake_quant", (last.clone().requires_grad_(), *learned, 1, None, "value", False)),
+        ("fake_quant", (x.half(), torch.rand(30) + 0.1, None, -8, 7, None, 24, "code", True)),
+        ("fake_quant_bwd", (grad, mask, order)),
+        ("fake_quant_bwd", (x.requires_grad_(), torch.zeros(90, dtype=torch.uint8), [])),
+        ("lsq_bwd", (grad, last, *q, 1, None, "code", 0.5)),
+        ("quant_range", (last, 0, 15, 1, None, False, "minmax", 99.0)),
+        ("quant_range", (last, -8, 7, None, None, True, "percentile", 99.0)),
+        ("qparams", (torch.randn(2, 5), 0, 15, False)),
+        (
+            "fake_quant_dynamic",
+            (last.clone().requires_grad_(), 0, 15, 1, None, False, "minmax", 99.0, "code", True),
+        ),
+        ("quantize", (last, *q, 1, None, 0)),
+        ("quantize", (last, *q, 1, None, 4)),
+        (
+            "dequantize",
+            (torch.zeros(6, 5, dtype=torch.uint8), s, zp, 0, 0, None, 4, 9, torch.float32),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("sample", samples(), ids=lambda s: s[0])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck(sample: tuple[str, tuple]) -> None:
+    op, args = sample
+    torch.library.opcheck(getattr(torch.ops.qkernels, op).default, args)
+
+
+def run(fn: Callable[..., Tensor], x: Tensor, scale: Tensor, zp: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    scale, zp = scale.detach().clone().requires_grad_(), zp.detach().clone().requires_grad_()
+    y = fn(x, scale, zp)
+    grad = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype)
+    grads = torch.autograd.grad(y, (x, scale, zp), grad, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+def dynamic(x: Tensor, scale: Tensor, zp: Tensor) -> Tensor:
+    return qkernels.fake_quant(x * 2, bits=4, axis=1)
+
+
+def straight(x: Tensor, scale: Tensor, zp: Tensor) -> Tensor:
+    return qkernels.fake_quant(x * 2, scale.detach(), zp.detach(), bits=4, axis=1)
+
+
+def learned(x: Tensor, scale: Tensor, zp: Tensor) -> Tensor:
+    return qkernels.fake_quant(x * 2, scale, zp, bits=4, axis=1, clip="value")
+
+
+@pytest.mark.parametrize("fn", (dynamic, straight, learned))
+@pytest.mark.parametrize("memory", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile_fullgraph(
+    fn: Callable[..., Tensor], memory: torch.memory_format, backend: str
+) -> None:
+    torch.compiler.reset()
+    x = torch.randn(2, 6, 5, 3).to(memory_format=memory)
+    scale, zp = torch.rand(6) + 0.2, torch.rand(6) * 9
+    want = run(fn, x, scale, zp)
+    got = run(torch.compile(fn, fullgraph=True, backend=backend), x, scale, zp)
+    assert len(want) == (4 if fn is learned else 2)
+    for a, b in zip(got, want, strict=True):
+        assert_same(a.contiguous(), b.contiguous())
+
+
+def test_compile_with_changing_shapes() -> None:
+    torch.compiler.reset()
+    fn = torch.compile(
+        lambda x: qkernels.fake_quant(x, bits=4), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for n in (7, 12, 100):
+        x = torch.randn(n, 5)
+        assert_same(fn(x), qkernels.fake_quant(x, bits=4))
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = qkernels.fake_quant(self.weight, bits=4, axis=0, symmetric=True)
+        return torch.nn.functional.linear(qkernels.fake_quant(x, 0.1, 3, bits=8), weight)
+
+
+@pytest.mark.parametrize("strict", (True, False))
+def test_export(strict: bool) -> None:
+    model, x = Model(), torch.randn(3, 6)
+    program = torch.export.export(model, (x,), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "qkernels.fake_quant.default" in targets
+    assert "qkernels.fake_quant_dynamic.default" in targets
+    assert_same(program.module()(x).detach(), model(x).detach())
+
+
+def test_autocast() -> None:
+    layer, x = torch.nn.Linear(6, 4), torch.randn(3, 6)
+    scale = torch.tensor(0.1, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = qkernels.fake_quant(layer(x), scale, bits=8, symmetric=True)
+    assert y.dtype is torch.bfloat16
+    y.float().sum().backward()
+    assert scale.grad.dtype is torch.float32 and layer.weight.grad.dtype is torch.float32
+
+
+def test_meta_and_fake_tensors() -> None:
+    y = qkernels.fake_quant(torch.ones(3, 4, device="meta"), bits=4, axis=0)
+    assert y.shape == (3, 4) and y.is_meta
+    with torch._subclasses.FakeTensorMode():
+        x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+        y = qkernels.fake_quant(x, bits=4, axis=1)
+        y.sum().backward()
+        assert y.stride() == x.stride() and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("bits", (1, 2, 4))
+def test_codes_round_trip_to_fake_quant(bits: int, packed: bool) -> None:
+    torch.manual_seed(bits)
+    for shape, axis in (((5, 7), 0), ((3, 4, 9), 1), ((11,), None)):
+        x = torch.randn(shape)
+        for symmetric in (True, False):
+            kw = dict(bits=bits, axis=axis, symmetric=symmetric)
+            scale, zp = qkernels.quant_range(x, **kw)
+            codes = qkernels.quantize(x, scale, zp, packed=packed, **kw)
+            y = qkernels.dequantize(codes, scale, zp, packed=packed, size=shape[-1], **kw)
+            assert_same(y, qkernels.fake_quant(x, scale, zp, **kw))
+            if packed:
+                assert codes.numel() == x.numel() // shape[-1] * ((shape[-1] * bits + 7) // 8)
