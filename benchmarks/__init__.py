@@ -1,0 +1,1 @@
+"""Speed and memory against torch's own ops; `pytest benchmarks/`."""
