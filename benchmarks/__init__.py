@@ -1,1 +1,0 @@
-"""Speed and memory against torch's own ops; `pytest benchmarks/`."""

@@ -1,0 +1,128 @@
+"""Ranges and first scales agree on all ranks: two gloo processes on the CPU."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+WORLD = 2
+STEPS = 3
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.b = nn.Linear(6, 6)
+        self.c = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.b, self.a(x).relu(), use_reentrant=False)
+        return self.c(y)
+
+
+def batch(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * rank + step)
+    return torch.randn(5, 4, generator=generator) * (1 + rank)
+
+
+def configs() -> dict[str, Any]:
+    from qkernels.nn import QConfig, QuantSpec
+
+    weight = QuantSpec(4, axis=0, symmetric=True)
+    mean = QuantSpec(4, ema=0.9, method="percentile", percentile=90.0)
+    return {
+        "minmax": QConfig.minmax(4, 4, first_last_bits=None),
+        "percentile": QConfig(weight, mean, first_last_bits=None),
+        "lsq": QConfig.lsq(4, 4, first_last_bits=None),
+    }
+
+
+def work(rank: int, folder: str) -> None:
+    """One process: train each config under DDP, and save what came."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    from qkernels.nn import prepare
+
+    store = f"file://{folder}/store"
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store, limit, rank=rank, world_size=WORLD)
+    found = {}
+    for name, config in configs().items():
+        torch.manual_seed(rank)  # DDP sends the parameters of rank 0
+        model = prepare(Net(), config)
+        ddp = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(ddp.parameters(), 0.05)
+        history = []
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            ddp(batch(rank, step)).square().mean().backward()
+            history.append({key: t.clone() for key, t in model.state_dict().items()})
+            optimizer.step()
+        found[name] = history
+    alone = prepare(Net(), configs()["minmax"])
+    alone.a.input_fake_quant.sync_ranks = False
+    alone.a(batch(rank, 0))
+    found["alone"] = alone.a.input_fake_quant.range
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    folder: Path = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile", "lsq"])
+def test_ranks_agree_to_the_bit(results: list[dict[str, Any]], name: str) -> None:
+    first, second = (r[name] for r in results)
+    for step in range(STEPS):
+        for key, tensor in first[step].items():
+            assert torch.equal(tensor, second[step][key]), (step, key)
+
+
+def test_the_running_range_is_that_of_all_ranks(results: list[dict[str, Any]]) -> None:
+    expected = None
+    for step in range(STEPS):
+        both = torch.cat([batch(rank, step) for rank in range(WORLD)])
+        union = torch.stack(both.aminmax())
+        expected = union if expected is None else 0.9 * expected + 0.1 * union
+        found = results[0]["minmax"][step]["a.input_fake_quant.range"]
+        torch.testing.assert_close(found, expected)
+
+
+def test_other_methods_take_the_mean_of_the_ranks(results: list[dict[str, Any]]) -> None:
+    import qkernels
+
+    options: dict[str, Any] = {"bits": 4, "method": "percentile", "percentile": 90.0}
+    each = [qkernels.observe_range(batch(rank, 0), **options)[2] for rank in range(WORLD)]
+    found = results[0]["percentile"][0]["a.input_fake_quant.range"]
+    torch.testing.assert_close(found, torch.stack(each).mean(0))
+
+
+def test_first_scales_are_the_mean_of_the_ranks(results: list[dict[str, Any]]) -> None:
+    import qkernels
+
+    each = [qkernels.quant_range(batch(r, 0), bits=4, method="lsq").scale for r in range(WORLD)]
+    found = results[0]["lsq"][0]["a.input_fake_quant.scale"]
+    torch.testing.assert_close(found[0], torch.stack(each).mean())
+    moved = results[0]["lsq"][-1]["a.input_fake_quant.scale"]
+    assert not torch.equal(found, moved)
+
+
+def test_a_rank_can_keep_to_itself(results: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(results):
+        assert torch.equal(found["alone"], torch.stack(batch(rank, 0).aminmax()))
