@@ -10,8 +10,8 @@ from compare import assert_codes, assert_same
 from torch import Tensor
 
 import qkernels
-from benchmarks.rivals import compiled, composite, dynamic_composite
-from benchmarks.timing import Bar, batched, race
+from rivals import compiled, composite, dynamic_composite
+from timing import Bar, batched, race
 
 SHAPE = (512, 4608)
 QMIN, QMAX = 0, 255

@@ -8,8 +8,8 @@ import torch
 from compare import assert_same, assert_values
 
 import qkernels
-from benchmarks.rivals import kthvalue_percentile
-from benchmarks.timing import Bar, race
+from rivals import kthvalue_percentile
+from timing import Bar, race
 
 SHAPE = (512, 4608)
 BYTES = SHAPE[0] * SHAPE[1] * 4

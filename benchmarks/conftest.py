@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import qkernels
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # cases and compare are shared
 
 THREADS = 2
 

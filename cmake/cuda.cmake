@@ -22,7 +22,8 @@ if(CMAKE_CUDA_COMPILER)
   enable_language(CUDA)
   add_library(qk_cuda OBJECT ${QK_CUDA_SOURCES})
   target_include_directories(qk_cuda PRIVATE csrc)
-  target_compile_definitions(qk_cuda PRIVATE "QK_CUDA_ARCHS=\"${CMAKE_CUDA_ARCHITECTURES}\"")
+  list(JOIN CMAKE_CUDA_ARCHITECTURES " " QK_CUDA_ARCHS)
+  target_compile_definitions(qk_cuda PRIVATE "QK_CUDA_ARCHS=\"${QK_CUDA_ARCHS}\"")
   # the numerics contract again: no fused multiply-add, and everything else as IEEE has it
   target_compile_options(qk_cuda PRIVATE --fmad=false)
   set_target_properties(qk_cuda PROPERTIES

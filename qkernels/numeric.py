@@ -105,8 +105,10 @@ def plan(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, l
     Groups are runs in row-major order, so a grouped x that is not row-major is copied; every other
     dense layout is used as it lies.
     """
-    if x.is_contiguous() or group_size is not None:
-        return x.contiguous(), [], layout_of(x.shape, [], axis, group_size)
+    if x.is_contiguous():
+        return x, [], layout_of(x.shape, [], axis, group_size)
+    if group_size is not None:
+        return x.contiguous(), [], layout_of(x.shape, [], None, group_size)
     x, order = dense(x)
     return x, order, layout_of(x.shape, order, axis, group_size)
 

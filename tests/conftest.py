@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# `python -m pytest` puts this folder's parent first: without a build in place, its qkernels/ would hide
+# the installed one
+ROOT = Path(__file__).parent.parent
+if not list((ROOT / "qkernels").glob("_C*.so")):
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
 import torch
 
 # before triton is imported: without a GPU its kernels are interpreted on the CPU
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import rows

@@ -72,13 +72,14 @@ def runners(op: str) -> list[Runner]:
     return found
 
 
-def params(op: str) -> list[Any]:
+def params(op: str, large: bool = False) -> list[Any]:
     """runners(op) as pytest parameters. Rows of absent devices are left out, and named once in the
-    summary; others that cannot run are skipped with the reason."""
+    summary; others that cannot run are skipped with the reason. Interpreted rows take no large
+    cases, which would last minutes each."""
     result = []
     for runner in runners(op):
         why = why_not(runner)
-        if why in (NO_GPU, ON_GPU):
+        if why in (NO_GPU, ON_GPU) or (large and runner.how == "interpreted"):
             continue
         marks = [pytest.mark.skip(reason=f"{op} {runner.id}: {why}")] if why else []
         result.append(pytest.param(runner, id=runner.id, marks=marks))

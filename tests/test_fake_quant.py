@@ -288,3 +288,15 @@ def test_tensor_scale_that_requires_grad_is_taken() -> None:
     zp = torch.tensor(0, dtype=torch.int32)
     qkernels.fake_quant(x, scale, zp, bits=8).sum().backward()
     assert scale.grad is not None and torch.isfinite(scale.grad)
+
+
+@pytest.mark.parametrize("runner", params("fake_quant"))
+def test_parameters_that_are_views(runner: Runner) -> None:
+    x = torch.randn(4, 9, device=runner.device)
+    scale = torch.rand(8, device=runner.device)[::2] + 0.2
+    zp = torch.tensor([3], dtype=torch.int32, device=runner.device).expand(4)
+    args = (-8, 7, 0, None, "code", True)
+    want = reference("fake_quant", x, scale, zp, *args)
+    got = run(runner, x, scale, zp, *args)
+    assert_same(got[0], want[0])
+    assert_same(got[1], want[1])

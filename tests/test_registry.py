@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from qkernels._table import ROWS, STEMS
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **env}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tempfile.gettempdir(),  # not here, where qkernels/ would hide an installed one
+        check=False,
     )
 
 
@@ -167,7 +173,11 @@ def test_build_info() -> None:
     assert info["native"]["simd"] in ("base", "avx2", "avx512")
     assert info["rows"]["fake_quant on cpu"]["native"] == "can run"
     printed = subprocess.run(
-        [sys.executable, "-m", "qkernels"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "qkernels"],
+        capture_output=True,
+        text=True,
+        cwd=tempfile.gettempdir(),
+        check=True,
     )
     assert json.loads(printed.stdout)["native"] == info["native"]
 

@@ -174,8 +174,9 @@ def fake_quant(
     """
     _check.check_tensor("fake_quant", "x", x)
     qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
-    axis = _check.normal_axis("fake_quant", x, axis, group_size)
-    row = _registry.check_backend(backend, "fake_quant: backend")
+    if axis is not None or group_size is not None:
+        axis = _check.normal_axis("fake_quant", x, axis, group_size)
+    row = _registry.check_backend(backend, "fake_quant: backend") if backend else ""
     if scale is None:
         if zero_point is not None:
             raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
@@ -196,6 +197,8 @@ def fake_quant(
     if grad_scale is None:
         grad_scale = lsq_grad_scale(x, qmax, axis, group_size) if learned else 1.0
     if not traced(x):
-        check_fake_quant(*args, True)
+        # the rest of check_fake_quant was asked above
+        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
+        _check.check_params("fake_quant", x, scale, zero_point, axis, group_size)
         return FakeQuant.apply(grad_scale, row, learned, *args)
     return call("fake_quant", row, *args, not learned, grad_scale=grad_scale)[0]

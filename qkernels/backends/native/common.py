@@ -10,11 +10,15 @@ from qkernels import _native, numeric
 METHOD_IDS = {name: i for i, name in enumerate(numeric.METHODS)}
 
 
-def zero_point_args(zero_point: Tensor | None) -> tuple[int, bool]:
-    """(address, whether int32)."""
+def flat_params(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+    """(scale, zero point, whether int32) without gaps, as the kernels index them."""
+    if not scale.is_contiguous():
+        scale = scale.contiguous()
     if zero_point is None:
-        return 0, False
-    return zero_point.data_ptr(), zero_point.dtype is torch.int32
+        return scale, None, False
+    if not zero_point.is_contiguous():
+        zero_point = zero_point.contiguous()
+    return scale, zero_point, zero_point.dtype is torch.int32
 
 
 def range_args(
@@ -35,7 +39,7 @@ def range_workspace(
     lib, device, _ = target
     dtype = _native.DTYPES[x.dtype]
     size = lib.quant_range_workspace(device, dtype, *layout, METHOD_IDS[method])
-    return x.new_empty(size, dtype=torch.uint8)
+    return x.new_empty((size + 7) // 8, dtype=torch.float64)  # holds aligned doubles
 
 
 def params_like(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:

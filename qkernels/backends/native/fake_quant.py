@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import like_in_order, zero_point_args
+from qkernels.backends.native.common import like_in_order, flat_params
 from qkernels.ops._check import check_values
 
 
@@ -25,11 +25,9 @@ def fake_quant(
     """-> (y, mask bytes; empty unless asked for)."""
     dense, _, layout = numeric.plan(x, axis, group_size)
     y = torch.empty_like(dense)
-    numel = x.numel() if mask else 0
-    bits = torch.empty(numeric.mask_bytes(numel), dtype=torch.uint8, device=x.device)
+    bits = x.new_empty((x.numel() + 7) // 8 if mask else 0, dtype=torch.uint8)
     lib, device, handle = _native.target(x)
-    scale = scale.contiguous()
-    zp, zp_is_int = zero_point_args(zero_point)
+    s, zp, zp_is_int = flat_params(scale, zero_point)
     bad = lib.fake_quant(
         device,
         handle,
@@ -38,8 +36,8 @@ def fake_quant(
         dense.data_ptr(),
         y.data_ptr(),
         bits.data_ptr(),
-        scale.data_ptr(),
-        zp,
+        s.data_ptr(),
+        _native.pointer(zp),
         zp_is_int,
         qmin,
         qmax,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import like_in_order, zero_point_args
+from qkernels.backends.native.common import like_in_order, flat_params
 from qkernels.ops._check import check_values
 
 
@@ -34,9 +34,8 @@ def lsq_bwd(
     lib, device, handle = _native.target(x)
     dtype = DTYPES[x.dtype]
     workspace = lib.lsq_bwd_workspace(device, dtype, *layout)
-    scratch = x.new_empty(workspace, dtype=torch.uint8)
-    scale = scale.contiguous()
-    zp, zp_is_int = zero_point_args(zero_point)
+    scratch = x.new_empty((workspace + 7) // 8, dtype=torch.float64)  # holds aligned doubles
+    s, zp, zp_is_int = flat_params(scale, zero_point)
     bad = lib.lsq_bwd(
         device,
         handle,
@@ -48,8 +47,8 @@ def lsq_bwd(
         grad_s.data_ptr(),
         grad_zp.data_ptr(),
         scratch.data_ptr(),
-        scale.data_ptr(),
-        zp,
+        s.data_ptr(),
+        _native.pointer(zp),
         zp_is_int,
         qmin,
         qmax,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import like_in_order, zero_point_args
+from qkernels.backends.native.common import like_in_order, flat_params
 from qkernels.ops._check import check_values
 
 
@@ -32,8 +32,7 @@ def quantize(
     else:
         codes = torch.empty_like(dense, dtype=numeric.code_dtype(qmin, qmax))
     lib, device, handle = _native.target(x)
-    scale = scale.contiguous()
-    zp, zp_is_int = zero_point_args(zero_point)
+    s, zp, zp_is_int = flat_params(scale, zero_point)
     bad = lib.quantize(
         device,
         handle,
@@ -41,8 +40,8 @@ def quantize(
         *layout,
         dense.data_ptr(),
         codes.data_ptr(),
-        scale.data_ptr(),
-        zp,
+        s.data_ptr(),
+        _native.pointer(zp),
         zp_is_int,
         qmin,
         qmax,
@@ -75,8 +74,7 @@ def dequantize(
         dense, _, layout = numeric.plan(codes, axis, group_size)
         y = torch.empty_like(dense, dtype=dtype)
     lib, device, handle = _native.target(codes)
-    scale = scale.contiguous()
-    zp, zp_is_int = zero_point_args(zero_point)
+    s, zp, zp_is_int = flat_params(scale, zero_point)
     bad = lib.dequantize(
         device,
         handle,
@@ -84,8 +82,8 @@ def dequantize(
         *layout,
         dense.data_ptr(),
         y.data_ptr(),
-        scale.data_ptr(),
-        zp,
+        s.data_ptr(),
+        _native.pointer(zp),
         zp_is_int,
         qmin,
         codes.element_size(),
