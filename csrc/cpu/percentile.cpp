@@ -43,12 +43,7 @@ struct ChannelKeys {
       if (first_read || n > kCached) {
         C buffer[Units::kElements];
         const C* row = gather(x, unit, units.stride(), buffer);
-        bool nan = false;
-        for (int64_t j = 0; j < m; ++j) {
-          keys[j] = to_key(row[j]);
-          nan |= row[j] != row[j];
-        }
-        if (nan) {
+        if (to_keys(row, m, keys)) {
 #pragma omp atomic write
           has_nan = true;
         }
@@ -93,8 +88,9 @@ struct ChannelKeys {
       int64_t j = 0;
       for (; j + 16 <= m; j += 16) {
         // most runs of 16 hold none: one vector comparison passes over them
-        int hits = 0;
-        for (int64_t l = 0; l < 16; ++l) hits += keys[j + l] >> shift == prefix;
+        Key hits = 0;
+#pragma GCC unroll 1  // unrolled, it would become 16 scalar comparisons
+        for (int64_t l = 0; l < 16; ++l) hits |= Key(keys[j + l] >> shift == prefix);
         if (hits)
           for (int64_t l = 0; l < 16; ++l) keep(j + l);
       }

@@ -1,6 +1,7 @@
 // Exact order statistics by radix: keys that order as the values do, and selection by digits.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -25,13 +26,24 @@ struct KeyOf<double> {
 
 // Negative numbers with all bits turned, the others with the sign turned: unsigned order is the order
 // of the values.
+// Returns whether a NaN is among them.
 template <class C>
-inline typename KeyOf<C>::Key to_key(C v) {
+inline bool to_keys(const C* values, int64_t n, typename KeyOf<C>::Key* keys) {
   using Key = typename KeyOf<C>::Key;
   using Signed = typename KeyOf<C>::Signed;
+  // read as integers: a bit cast of each value keeps the loop from becoming vector instructions
+  typedef Signed __attribute__((may_alias)) Bits;
+  const Bits* bits = reinterpret_cast<const Bits*>(values);
   constexpr int top = 8 * sizeof(Key) - 1;
-  const Key bits = qk_bits<Key>(v);
-  return bits ^ (Key(Signed(bits) >> top) | (Key(1) << top));
+  constexpr Key sign = Key(1) << top;
+  const Key infinity = qk_bits<Key>(C(INFINITY));
+  Key nan = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Key b = Key(bits[i]);
+    keys[i] = b ^ (Key(bits[i] >> top) | sign);
+    nan |= Key((b & ~sign) > infinity);
+  }
+  return nan != 0;
 }
 
 template <class C>

@@ -86,15 +86,17 @@ class FakeQuant(torch.autograd.Function):
     """The eager carrier of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, grad_scale: float, backend: str, learned: bool, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, rest: tuple[Any, ...]
+    ) -> Tensor:
+        args, learned, ctx.grad_scale, backend = rest
         y, mask = _registry.run("fake_quant", backend, *args, not learned)
-        ctx.grad_scale = grad_scale
         save(ctx, args, y, mask, backend)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *grads(ctx, grad), *(None,) * 5
+        return *grads(ctx, grad), None
 
 
 def _setup_context(
@@ -200,5 +202,6 @@ def fake_quant(
         # the rest of check_fake_quant was asked above
         _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
         _check.check_params("fake_quant", x, scale, zero_point, axis, group_size)
-        return FakeQuant.apply(grad_scale, row, learned, *args)
+        # one tuple: each argument of apply costs
+        return FakeQuant.apply(x, scale, zero_point, (args, learned, grad_scale, row))
     return call("fake_quant", row, *args, not learned, grad_scale=grad_scale)[0]

@@ -1,0 +1,153 @@
+"""What a run is told: its settings, and what a trainer changes in the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import Batch, Dataset
+
+# a setting's annotation -> what it may be, and how to say so
+_KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "a word"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "float | None": ((int, float, type(None)), "a number or null"),
+    "Mapping[str, Any]": (Mapping, "a mapping"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a run's result, save the recipe.
+
+    Attributes:
+        lr: peak learning rate; ``warmup`` is the share of steps in which it rises to that.
+        momentum: of SGD; AdamW has its usual betas.
+        clip: largest norm of the gradient; None: as it comes.
+        eval_every: epochs between evaluations on the test split.
+        log_every, checkpoint_every: in steps.
+        swa_start: share of the steps after which the weights are averaged at each epoch's end
+            (stochastic weight averaging), with the constant rate ``swa_lr``; None: not.
+    """
+
+    dataset: str = "digits"
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "cnn"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 20
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 3e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-2
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    clip: float | None = None
+    mixed_precision: str = "no"
+    seed: int = 0
+    workers: int = 0
+    eval_every: int = 1
+    log_every: int = 20
+    checkpoint_every: int = 100
+    swa_start: float | None = None
+    swa_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            kinds, rule = _KINDS[str(setting.type)]
+            value = getattr(self, setting.name)
+            holds = isinstance(value, kinds) and not isinstance(value, bool)
+            require(holds, setting.name, rule, repr(value))
+        for name in ("epochs", "batch_size", "eval_every", "log_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.lr > 0, "lr", "positive", self.lr)
+        require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        require(self.workers >= 0, "workers", "at least 0", self.workers)
+        require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
+        require(self.clip is None or self.clip > 0, "clip", "positive", self.clip)
+        swa = self.swa_start
+        require(swa is None or 0 <= swa < 1, "swa_start", "in [0, 1)", swa)
+        for name, known in (
+            ("optimizer", ("sgd", "adamw")),
+            ("schedule", ("cosine", "constant")),
+            ("mixed_precision", ("no", "fp16", "bf16")),
+        ):
+            value = getattr(self, name)
+            require(value in known, name, f"one of {', '.join(known)}", repr(value))
+
+
+def require(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"train: {name} must be {rule}, got {value}")
+
+
+class Recipe:
+    """Float training; a trainer overrides what it changes."""
+
+    name = "float"
+
+    def describe(self) -> dict[str, Any]:
+        """What of the recipe decides the result: JSON-able, becomes part of the run's config."""
+        return {"name": self.name}
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """The structure to train, made from the fresh float model; also on resume."""
+        return model
+
+    def initialize(self, model: nn.Module, data: Dataset, config: TrainConfig) -> None:
+        """First values, on the device; not on resume, where the checkpoint holds them."""
+
+    def param_groups(self, model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+        """Groups for the optimizer; a group's "lr_factor" multiplies the learning rate."""
+        return decay_groups(model.named_parameters(), config.weight_decay)
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(model(x), y)
+
+    def on_step_end(self, model: nn.Module, step: int) -> None:
+        """After the optimizer's step; ``model`` is unwrapped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers of the recipe's own that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what ``state_dict`` gave."""
+
+
+def decay_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Weight decay for matrices and filters, none for biases and norms."""
+    params = [p for _, p in named if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    groups = [{"lr_factor": 1.0, **group} for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """A function of the step alone, so that a resumed run has no scheduler to restore."""
+    if config.swa_start is not None and step >= config.swa_start * total:
+        return config.swa_lr if config.swa_lr is not None else 0.1 * config.lr
+    warm = config.warmup * total
+    if step < warm:
+        return config.lr * (step + 1) / math.ceil(warm)
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))

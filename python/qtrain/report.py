@@ -1,0 +1,195 @@
+"""Tables, plots and report.md of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .rundir import CONFIG, METRICS, read_json, read_metrics, write_atomic
+
+RESULTS, REPORT = "results.json", "report.md"
+CURVES, ACCURACY = "curves.png", "accuracy.png"
+COLUMNS = ("model", "bits", "accuracy", "loss", "s / step", "QAT step / float step")
+# colours that colour-blind readers can tell apart (Okabe and Ito 2008)
+PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. ``bits`` is None for float; the timings are None if not measured."""
+
+    method: str
+    bits: tuple[int, int] | None
+    accuracy: float
+    loss: float
+    step_seconds: float | None = None
+    step_ratio: float | None = None
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Row:
+        bits = value["bits"]
+        return cls(**{**value, "bits": tuple(bits) if bits else None})
+
+    def cells(self) -> tuple[str, ...]:
+        """What stands in the table, in the order of ``COLUMNS``."""
+        return (
+            self.method,
+            bits_name(self.bits),
+            f"{100 * self.accuracy:.1f} %",
+            f"{self.loss:.4f}",
+            "-" if self.step_seconds is None else f"{self.step_seconds:.5f}",
+            "-" if self.step_ratio is None else f"{self.step_ratio:.2f}",
+        )
+
+
+def bits_name(bits: tuple[int, int] | None) -> str:
+    return "FP32" if bits is None else f"W{bits[0]}A{bits[1]}"
+
+
+def rich_table(rows: Iterable[Row], title: str) -> Table:
+    table = Table(title=title)
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number < 5)
+    for row in rows:
+        table.add_row(*row.cells())
+    return table
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _save(figure: Any, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(path)
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    # the object interface needs no display and no global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Training loss and test accuracy over steps, a line per run."""
+    figure, (left, right) = _figure(2)
+    for number, (name, records) in enumerate(runs.items()):
+        colour = PALETTE[number % len(PALETTE)]
+        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        test = [(r["step"], 100 * r["test_accuracy"]) for r in records if "test_accuracy" in r]
+        if train:
+            left.plot(*zip(*train, strict=True), label=name, color=colour, linewidth=1.3)
+        if test:
+            right.plot(*zip(*test, strict=True), color=colour, linewidth=1.3, label=name)
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    right.set(xlabel="step", ylabel="test accuracy, %")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    right.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_accuracy(path: Path, rows: list[Row]) -> None:
+    """A bar per method at each bit width; the float model is a line."""
+    figure, axis = _figure(1)
+    quantized = [row for row in rows if row.bits is not None]
+    widths = list(dict.fromkeys(row.bits for row in quantized))
+    methods = list(dict.fromkeys(row.method for row in quantized))
+    for number, method in enumerate(methods):
+        mine = [row for row in quantized if row.method == method]
+        offset = (number - (len(methods) - 1) / 2) * 0.26
+        places = [widths.index(row.bits) + offset for row in mine]
+        heights = [100 * row.accuracy for row in mine]
+        bars = axis.bar(places, heights, 0.24, label=method, color=PALETTE[number + 1])
+        axis.bar_label(bars, fmt="%.1f", fontsize="x-small", padding=-11)
+    for row in rows:
+        if row.bits is None:
+            height = 100 * row.accuracy
+            name = f"{row.method}, {height:.1f}"
+            axis.axhline(height, color="black", linestyle="--", linewidth=1, label=name)
+    axis.set_xticks(range(len(widths)), [bits_name(bits) for bits in widths])
+    axis.set(ylabel="test accuracy, %", ylim=(0, 105), xlim=(-0.5, len(widths) - 0.5))
+    axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    _save(figure, path)
+
+
+def _layer_bits(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Bits of weights and activations in a run's config; 32 where a side stays float."""
+    qconfig = recipe.get("qconfig")
+    if qconfig is None:
+        return None
+    weight, activation = (
+        (qconfig[side] or {}).get("bits", 32) for side in ("weight", "activation")
+    )
+    return weight, activation
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The table rows of a run directory: one, or those of a demo.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: a run without an evaluation yet; a damaged file.
+    """
+    if (path / RESULTS).exists():
+        return [Row.from_dict(row) for row in read_json(path / RESULTS)["rows"]]
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(f"report: {path} must be a run directory, got no {path / CONFIG}")
+    config = read_json(path / CONFIG)
+    records = read_metrics(path / METRICS) if (path / METRICS).exists() else []
+    scores = [record for record in records if "test_accuracy" in record]
+    if not scores or "recipe" not in config:
+        raise ValueError(
+            f"report: {path} must hold a run that was evaluated, got one that is not there yet; "
+            "the command that started it goes on with it"
+        )
+    last = scores[-1]
+    bits = _layer_bits(config["recipe"])
+    return [Row(path.name, bits, last["test_accuracy"], last["test_loss"])]
+
+
+def write_run_report(path: Path) -> None:
+    """report.md and curves.png of a train, ptq or qat run."""
+    rows = read_rows(path)
+    config, records = read_json(path / CONFIG), read_metrics(path / METRICS)
+    train = config["train"]
+    last = records[-1]
+    lines = [
+        f"# {path.name}: {config['recipe']['name']} of {train['model']} on {train['dataset']}\n",
+        markdown_table(rows),
+    ]
+    if any("loss" in record for record in records):
+        plot_curves(path / CURVES, {path.name: records})
+        lines.append(f"![training curves]({CURVES})\n")
+    else:
+        before = last["float_accuracy"]
+        lines.append(f"The float model it starts from: {100 * before:.1f} % accuracy.\n")
+        float_row = Row("float", None, before, last["float_loss"])
+        plot_accuracy(path / ACCURACY, [float_row, *rows])
+        lines.append(f"![accuracy]({ACCURACY})\n")
+    lines.append("Settings: config.json. Every logged step: metrics.jsonl.\n")
+    write_atomic(path / REPORT, "\n".join(lines).encode())
+
+
+def show(paths: Iterable[str | Path], console: Console) -> list[Row]:
+    """Print one table of all the runs."""
+    folders = [Path(path) for path in paths]
+    rows = [row for folder in folders for row in read_rows(folder)]
+    console.print(rich_table(rows, ", ".join(str(folder) for folder in folders)))
+    return rows
+
+
+def row_dicts(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]

@@ -1,0 +1,232 @@
+"""Every Triton kernel compiles ahead of time for the GPUs we promise, without a GPU.
+
+One subprocess per target, because TRITON_INTERPRET is read when a kernel is declared and the parity
+tests set it. The subprocess calls the rows on CPU tensors with the launch of a kernel replaced by a
+recorder, so that what is compiled are the very signatures, constants and options of the launches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# ops that are compiled for fp64 too
+WITH_DOUBLE = {"fake_quant", "fake_quant_bwd", "lsq_bwd", "qparams"}
+# fused multiply-adds that the compilers themselves put into one division on gfx942
+FMA_IN_DIVISION = 5
+# one register saved around the call of a division's slow path, on NVIDIA
+SAVED_BYTES = 8
+
+
+def arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Calls of one op that together launch each of its kernels."""
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    x = torch.zeros(4, 2048, dtype=dtype)
+    image = torch.zeros(2, 16, 4, 4, dtype=dtype)
+    nhwc = image.contiguous(memory_format=torch.channels_last)
+    scale, zero = torch.ones(16, dtype=compute), torch.zeros(16, dtype=torch.int32)
+    s4, z4 = scale[:4], zero[:4]
+    bits = torch.zeros(x.numel() // 8, dtype=torch.uint8)
+    packed = torch.zeros(4, 1024, dtype=torch.uint8)
+    ranges = [("minmax", x), ("lsq", x), ("mse", x), ("percentile", x)]
+    ranges.append(("percentile", torch.zeros(1, 9000, dtype=dtype)))
+    return {
+        "fake_quant": [
+            (x, s4, z4, 0, 15, 0, None, "code", True),
+            (image, scale, None, -8, 7, 1, None, "value", True),
+            (nhwc, scale, scale, -8, 7, 1, None, "code", True),
+        ],
+        "fake_quant_bwd": [(x, bits, [])],
+        "lsq_bwd": [
+            (x, x, s4, None, -8, 7, 0, None, "code", 0.5),
+            (nhwc, nhwc, scale, scale, 0, 15, 1, None, "value", 0.5),
+            (image, image, scale, zero, 0, 15, 1, None, "value", 0.5),
+        ],
+        "quant_range": [(v, 0, 15, None, v.shape[1], False, m, 99.0) for m, v in ranges],
+        "qparams": [(torch.zeros(2, 4, dtype=compute), 0, 15, False)],
+        "fake_quant_dynamic": [(x, 0, 15, 0, None, False, "minmax", 99.0, "code", True)],
+        "quantize": [(x, s4, z4, 0, 15, 0, None, pack) for pack in (0, 4)],
+        "dequantize": [
+            (x.to(torch.uint8), s4, z4, 0, 0, None, 0, 0, dtype),
+            (packed, s4, z4, -8, 0, None, 4, 2048, dtype),
+        ],
+    }[op]
+
+
+def kernels() -> set[str]:
+    """Names of all kernels in the package."""
+    import triton
+
+    import qkernels.backends.triton as package
+
+    found = set()
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                found.add(name)
+    return found
+
+
+def specialize(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """(signature, constants, attributes) as Triton's own launcher makes them."""
+    types = {
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.float16: "*fp16",
+        torch.bfloat16: "*bf16",
+        torch.uint8: "*u8",
+        torch.int8: "*i8",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
+    signature, fixed, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = args[i] if i < len(args) else constants[param.name]
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            signature[param.name] = "constexpr"
+            fixed[(i,)] = value
+            continue
+        pointer = isinstance(value, torch.Tensor)
+        if pointer:
+            signature[param.name] = types[value.dtype]
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if (value.data_ptr() if pointer else value) % 16 == 0 and special:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, fixed, attributes
+
+
+def record() -> dict[str, tuple[Any, ...]]:
+    """Key -> (kernel, signature, constants, attributes, options) of every distinct launch."""
+    import triton
+
+    from qkernels._registry import resolve
+    from qkernels._table import ROWS
+    from qkernels.backends.triton import launch
+
+    launches: dict[str, tuple[Any, ...]] = {}
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **rest: Any) -> None:
+        options = {k: v for k, v in rest.items() if k not in kernel.arg_names}
+        special = specialize(kernel, args, rest)
+        launches.setdefault(f"{kernel.__name__} {special} {options}", (kernel, *special, options))
+
+    triton.JITFunction.run = note
+    targets = {row.op: row.target for row in ROWS if row.backend == "triton"}
+    for op, target in targets.items():
+        double = [torch.float64] if op in WITH_DOUBLE else []
+        for dtype in (torch.float32, torch.bfloat16, *double):
+            for args in arguments(op, dtype):
+                resolve(target)(*args)
+    launch.WIDE_FROM = 0  # 64-bit offsets
+    for op in ("fake_quant", "lsq_bwd"):
+        resolve(targets[op])(*arguments(op, torch.float32)[0])
+    return launches
+
+
+def fused(asm: dict[str, Any]) -> int:
+    """Fused multiply-adds that come of a multiply and an add in the source."""
+    if "ptx" in asm:  # a division is one instruction here
+        return len(re.findall(r"\bfma\.rn\.", asm["ptx"]))
+    code = asm["amdgcn"]
+    found = len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", code))
+    return found - FMA_IN_DIVISION * len(re.findall(r"\bv_div_fixup_f32", code))
+
+
+def spills(compiled: Any, folder: Path) -> int | None:
+    """Bytes (NVIDIA) or registers (AMD) kept in local memory, None if no tool here can tell."""
+    import triton
+
+    if "amdgcn" in compiled.asm:
+        return sum(int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    command = [str(tool), "-res-usage", str(binary)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
+
+
+def compile_all(target: str, folder: Path) -> dict[str, Any]:
+    """Compile every launch for a target; what a report holds is what the tests below look at."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    compiled = []
+    for kernel, signature, constants, attributes, options in record().values():
+        source = ASTSource(kernel, signature, constants, attributes)
+        result = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        types = [t for t in signature.values() if "*" in t]
+        wide = constants.get((kernel.arg_names.index("WIDE"),)) if "WIDE" in signature else False
+        seen = {"fused": fused(result.asm), "spilled": spills(result, folder), "wide": wide}
+        compiled.append({"kernel": kernel.__name__, "types": types, **seen})
+    return {"kernels": sorted(kernels()), "compiled": compiled}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Target -> the report of its subprocess."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: nothing to compile")
+
+    def run(target: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(target)
+        env = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(folder / "cache"))
+        env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        report = folder / "report.json"
+        command = [sys.executable, __file__, target, str(report)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{target}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
+        return json.loads(report.read_text())
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(TARGETS, pool.map(run, TARGETS), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(reports: dict[str, dict[str, Any]], target: str) -> None:
+    report = reports[target]
+    assert {c["kernel"] for c in report["compiled"]} == set(report["kernels"])
+    assert len(report["kernels"]) >= 8
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_multiply_is_fused_with_an_add(reports: dict[str, dict[str, Any]], target: str) -> None:
+    # gfx942 divides 64-bit integers in floating point, with fused operations of its own
+    known = [c for c in reports[target]["compiled"] if target.startswith("sm") or not c["wide"]]
+    assert not [c for c in known if c["fused"]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_register_spills(reports: dict[str, dict[str, Any]], target: str) -> None:
+    known = [c for c in reports[target]["compiled"] if c["spilled"] is not None]
+    if not known:
+        pytest.skip("triton came without cuobjdump: spills are not known")
+    allowed = SAVED_BYTES if target.startswith("sm") else 0
+    assert not [c for c in known if c["spilled"] > allowed]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(compile_all(sys.argv[1], Path(sys.argv[2]).parent)))
