@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_codes, assert_same
+from rivals import compiled, composite, dynamic_composite
+from timing import Bar, batched, race
 from torch import Tensor
 
 import qkernels
-from rivals import compiled, composite, dynamic_composite
-from timing import Bar, batched, race
 
 SHAPE = (512, 4608)
 QMIN, QMAX = 0, 255
@@ -130,7 +130,7 @@ def bench_dynamic_forward(benchmark: Any) -> None:
     x, *_ = inputs()
     out = torch.empty_like(x)
     by_hand = compiled(dynamic_composite)
-    y, scale, zp = qkernels.fake_quant_dynamic(x, bits=8, axis=0)
+    y, scale, _ = qkernels.fake_quant_dynamic(x, bits=8, axis=0)
     assert_same(y, qkernels.fake_quant(x, bits=8, axis=0, backend="reference"))
     column = scale[:, None]
     codes = (by_hand(x, QMIN, QMAX) / column).round()

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from compare import assert_same, assert_values
-
-import qkernels
 from rivals import kthvalue_percentile
 from timing import Bar, race
+
+import qkernels
 
 SHAPE = (512, 4608)
 BYTES = SHAPE[0] * SHAPE[1] * 4

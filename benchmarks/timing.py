@@ -1,8 +1,8 @@
 """Alternating timings: in every round each rival runs once, then ours.
 
-Machines are noisy and their clocks drift. Times taken in turn share the drift, so that the ratio of
-their medians says more than two medians taken one after the other. Ours is timed by pytest-benchmark,
-the rivals in its untimed set-up.
+Machines are noisy and their clocks drift. Times taken in turn share the drift, so that the ratio
+of their medians says more than two medians taken one after the other. Ours is timed by
+pytest-benchmark, the rivals in its untimed set-up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Call = Callable[[], Any]
 
 
 class Bar(NamedTuple):
-    """What is asked: at least `speedup` times as fast as a rival (below 1: at most that much slower)."""
+    """What is asked: `speedup` times as fast as a rival (below 1: at most that much slower)."""
 
     rival: str
     speedup: float
@@ -37,8 +37,8 @@ def race(
 
     Args:
         bars: what is asked; reported, never asserted.
-        ideal_bytes: bytes that the op must move; with a rival named "copy" that moves copy_bytes, the
-            fraction of copy speed is reported.
+        ideal_bytes: bytes that the op must move; with a rival named "copy" that moves copy_bytes,
+            the fraction of copy speed is reported.
         before: runs untimed before each timed call, of ours and of the rivals (to clear gradients).
     """
     times: dict[str, list[float]] = {name: [] for name in rivals}

@@ -1,8 +1,8 @@
 // Arguments of every kernel: raw pointers and sizes, the same structs for CPU and CUDA.
 //
 // A tensor is seen in memory order as [outer, channels, inner]; per tensor, outer = channels = 1.
-// Pointers to x, y, grad are of the storage dtype T; scale, ranges are of the compute dtype C (float,
-// or double for double T). Reductions are written to [channels].
+// Pointers to x, y, grad are of the storage dtype T; scale, ranges are of the compute dtype C
+// (float, or double for double T). Reductions are written to [channels].
 #pragma once
 
 #include <cstdint>

@@ -84,7 +84,7 @@ def log_once(row: Row, why: str) -> None:
 
 
 def run(op: str, backend: str, *args: Any) -> Any:
-    """Run an op with the first row that takes the call; args[0] is a tensor and names the device."""
+    """Run an op with the first row that takes the call; the tensor args[0] names the device."""
     x = args[0]
     device = "cpu" if x.is_cpu else x.device.type  # the latter takes longer
     key = (op, device, backend or _backend)

@@ -33,7 +33,7 @@ def smallest_scale(dtype: torch.dtype) -> float:
 
 
 def code_range(op: str, bits: int, symmetric: bool, narrow_range: bool) -> tuple[int, int]:
-    """(qmin, qmax): signed codes when symmetric, unsigned otherwise; narrow_range drops the lowest."""
+    """(qmin, qmax): signed codes when symmetric, else unsigned; narrow_range drops the lowest."""
     if type(bits) is not int:
         raise TypeError(f"{op}: bits must be an int in 1..16, got {bits!r}")
     if not 1 <= bits <= 16:
@@ -50,7 +50,8 @@ def memory_order(x: Tensor) -> list[int] | None:
     """Dims of a dense x from slowest to fastest in memory; [] means row-major, None not dense."""
     if x.is_contiguous():
         return []
-    order = sorted(range(x.dim()), key=lambda d: (x.size(d) != 1, -x.stride(d)))
+    stride = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (x.size(d) != 1, -stride[d]))
     return order if x.permute(order).is_contiguous() else None
 
 

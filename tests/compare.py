@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# relative, absolute: sums of some thousand terms in fp32 blocks against fp64; half and bfloat16 store
-# the element-wise results, whose last bit is half of 2^-10 and of 2^-7
+# relative, absolute: sums of some thousand terms in fp32 blocks against fp64; half and bfloat16
+# store the element-wise results, whose last bit is half of 2^-10 and of 2^-7
 VALUES = {
     torch.float64: (1e-12, 1e-12),
     torch.float32: (2e-6, 1e-6),

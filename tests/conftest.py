@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# `python -m pytest` puts this folder's parent first: without a build in place, its qkernels/ would hide
-# the installed one
+# `python -m pytest` puts this folder's parent first: without a build in place, its qkernels/ would
+# hide the installed one
 ROOT = Path(__file__).parent.parent
 if not list((ROOT / "qkernels").glob("_C*.so")):
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]

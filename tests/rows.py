@@ -1,4 +1,4 @@
-"""The rows of the table as the tests run them: on the device, interpreted, or under the host shim."""
+"""The rows of the table as the tests run them: on the device, interpreted, or under the shim."""
 
 from __future__ import annotations
 

@@ -125,26 +125,28 @@ def test_rest_of_the_arguments() -> None:
         ):
             call(op, clip="hard")
     with pytest.raises(
-        ValueError, match="^fake_quant: clip must be one of code, value, got 'hard'$"
+        ValueError, match=r"^fake_quant: clip must be one of code, value, got 'hard'$"
     ):
         call("fake_quant", scale=S, clip="hard")
-    with pytest.raises(ValueError, match="^fake_quant: zero_point must be None when scale is None"):
+    with pytest.raises(
+        ValueError, match=r"^fake_quant: zero_point must be None when scale is None"
+    ):
         call("fake_quant", zero_point=3)
     with pytest.raises(
-        ValueError, match="^quantize: packed must be False unless bits is 1, 2 or 4"
+        ValueError, match=r"^quantize: packed must be False unless bits is 1, 2 or 4"
     ):
         call("quantize", bits=3, packed=True)
-    with pytest.raises(ValueError, match="^quantize: packed must be False for a 0-dim tensor"):
+    with pytest.raises(ValueError, match=r"^quantize: packed must be False for a 0-dim tensor"):
         call("quantize", torch.ones(()), packed=True)
     packed = qkernels.quantize(torch.ones(2, 5), 1.0, bits=4, packed=True)
     with pytest.raises(ValueError, match=r"^dequantize: size must be in 5..6, got 7$"):
         call("dequantize", packed, packed=True, size=7)
-    with pytest.raises(TypeError, match="^dequantize: codes must be int8, .*got torch.float32"):
+    with pytest.raises(TypeError, match=r"^dequantize: codes must be int8, .*got torch.float32"):
         call("dequantize")
-    with pytest.raises(TypeError, match="^dequantize: dtype must be float32, .*got torch.int8"):
+    with pytest.raises(TypeError, match=r"^dequantize: dtype must be float32, .*got torch.int8"):
         call("dequantize", packed, dtype=torch.int8)
     with pytest.raises(
-        TypeError, match="^qparams: range must be float32 or float64, got torch.int64"
+        TypeError, match=r"^qparams: range must be float32 or float64, got torch.int64"
     ):
         qkernels.qparams(torch.ones(2, dtype=torch.int64), bits=4)
     with pytest.raises(ValueError, match=r"^qparams: range must be of shape .*got \(3,\)$"):
@@ -177,7 +179,7 @@ def test_raw_ops_check_too() -> None:
     method=st.sampled_from(("minmax", "percentile", "mse", "lsq", "x")),
     permute=st.randoms(use_true_random=False),
 )
-def test_any_arguments_give_a_result_or_a_clear_error(  # noqa: PLR0913
+def test_any_arguments_give_a_result_or_a_clear_error(
     shape: list[int],
     axis: int | None,
     group_size: int | None,

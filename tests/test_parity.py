@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DTYPE_IDS, DTYPES, LARGE_CASES, RANGE_IDS, RANGES, Case, params_for
+from cases import CASES, DTYPE_IDS, DTYPES, LARGE_CASES, RANGES, Case, params_for
 from compare import assert_same, assert_sums, assert_values
 from fences import fenced
 from rows import Runner, params, reference, run
@@ -146,7 +146,7 @@ def check_quant_range(
 
 
 def check_mse(x: torch.Tensor, case: Case, found: tuple, qmin: int, qmax: int) -> None:
-    """Both choices are equally good: sums in another order may prefer another near-equal candidate."""
+    """Both choices are equally good: another order of sums may prefer a near-equal candidate."""
     errors = []
     for scale, zp, _ in found:
         args = (

@@ -17,13 +17,13 @@ INF, NAN = float("inf"), float("nan")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_percentile_is_torch_quantile(backend: str, percentile: float, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    for x in (
+    for rows in (
         torch.randn(7, 1001),
         torch.rand(3, 2),
         torch.randint(-3, 4, (4, 999)),
         torch.ones(2, 9),
     ):
-        x = x.to(dtype)
+        x = rows.to(dtype)
         _, _, (lo, hi) = qkernels.observe_range(
             x, bits=8, axis=0, method="percentile", percentile=percentile, backend=backend
         )

@@ -1,4 +1,4 @@
-"""The host shim itself (tests/shim): barriers, shuffles, shared memory, and the faults it reports."""
+"""The host shim itself (tests/shim): barriers, shuffles, shared memory, and faults it reports."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ C zero_point_at(const QuantParams& q, int64_t channel) {
                              : static_cast<const C*>(q.zero_point)[channel];
 }
 
-// Channel<C> of every channel as four arrays, so that a loop over channels can load them as vectors.
-// A short inner dimension is folded into the channels: [outer, channels, inner] with inner = 9 becomes
-// [outer, 9 channels, 1], each parameter repeated 9 times.
+// Channel<C> of every channel as four arrays, so that a loop over channels can load them as
+// vectors. A short inner dimension is folded into the channels: [outer, channels, inner] with inner
+// = 9 becomes [outer, 9 channels, 1], each parameter repeated 9 times.
 template <class C>
 struct ChannelTable {
   static constexpr int64_t kShortInner = 32;

@@ -9,8 +9,8 @@ namespace qk::cpu::QK_ISA {
 
 // n elements of one channel.
 template <bool kClipValue, class C>
-inline void quantize_row(const C* __restrict x, C* __restrict y, uint8_t* __restrict inside, int64_t n,
-                         const Channel<C> c) {
+inline void quantize_row(const C* __restrict x, C* __restrict y, uint8_t* __restrict inside,
+                         int64_t n, const Channel<C> c) {
   for (int64_t i = 0; i < n; ++i) {
     const Quantized<C> v = quantize_value<kClipValue>(x[i], c);
     y[i] = dequantize_value(v.q, c);

@@ -5,8 +5,8 @@
 
 namespace qk::cpu::QK_ISA {
 
-// Channels that lie in one piece: each is read once from memory for its range, and found in the cache
-// when it is quantized. A group of channels ends on a whole byte of the mask.
+// Channels that lie in one piece: each is read once from memory for its range, and found in the
+// cache when it is quantized. A group of channels ends on a whole byte of the mask.
 template <class T, class C>
 void dynamic_rows(const FakeQuantDynamicParams& p, int threads) {
   const Layout& layout = p.range.layout;

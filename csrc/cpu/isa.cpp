@@ -6,7 +6,8 @@
 namespace qk::cpu::QK_ISA {
 
 extern const Kernels table;
-const Kernels table = {QK_STRING(QK_ISA), fake_quant,         fake_quant_bwd, lsq_bwd,   quant_range,
-                       qparams,           fake_quant_dynamic, quantize,       dequantize};
+const Kernels table = {QK_STRING(QK_ISA), fake_quant, fake_quant_bwd,     lsq_bwd,
+                       quant_range,       qparams,    fake_quant_dynamic, quantize,
+                       dequantize};
 
 }  // namespace qk::cpu::QK_ISA

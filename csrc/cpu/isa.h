@@ -1,5 +1,5 @@
-// The functions of one instruction set. Every file of csrc/cpu but select.cpp is compiled once per set,
-// with QK_ISA naming it.
+// The functions of one instruction set. Every file of csrc/cpu but select.cpp is compiled once per
+// set, with QK_ISA naming it.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -5,8 +5,8 @@
 
 namespace qk::cpu {
 
-// Functions that read a given scale return the first channel whose scale or zero point is invalid, or
-// -1; the output of an invalid channel is NaN.
+// Functions that read a given scale return the first channel whose scale or zero point is invalid,
+// or -1; the output of an invalid channel is NaN.
 struct Kernels {
   const char* simd;
   int64_t (*fake_quant)(const FakeQuantParams& p, int threads);

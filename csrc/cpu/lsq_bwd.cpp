@@ -9,8 +9,8 @@ struct Sums {
   double scale, zero_point;
 };
 
-// One unit: gradients of x to grad_x, the sums of those of scale and zero point returned. The sums are
-// in a fixed order: 16 lanes in C over 256 elements at a time, then double.
+// One unit: gradients of x to grad_x, the sums of those of scale and zero point returned. The sums
+// are in a fixed order: 16 lanes in C over 256 elements at a time, then double.
 template <bool kClipValue, class C>
 Sums lsq_row(const C* __restrict grad, const C* __restrict x, C* __restrict grad_x, int64_t n,
              const Channel<C> c) {

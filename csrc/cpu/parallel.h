@@ -12,8 +12,8 @@ namespace qk::cpu::QK_ISA {
 // Below this many elements per thread, waking it costs more than it brings.
 constexpr int64_t kGrain = 16384;
 
-// Elements handled at a time: their working copies stay in the first-level cache, and a multiple of 8
-// keeps every byte of a mask within one thread.
+// Elements handled at a time: their working copies stay in the first-level cache, and a multiple of
+// 8 keeps every byte of a mask within one thread.
 constexpr int64_t kBlock = 512;
 
 inline int threads_for(int64_t elements, int threads) {

@@ -1,5 +1,5 @@
-// Exact percentiles per channel: a histogram of the leading digit finds the bins that hold the wanted
-// ranks, one more read collects their keys, and the rest happens in that small set.
+// Exact percentiles per channel: a histogram of the leading digit finds the bins that hold the
+// wanted ranks, one more read collects their keys, and the rest happens in that small set.
 #include "cpu/quant_range.h"
 #include "cpu/radix_select.h"
 
@@ -29,8 +29,8 @@ struct ChannelKeys {
 
   bool has_nan = false;
 
-  // Calls f(keys, count) for every unit, on all threads; the order must not matter to f. The first read
-  // fills the cache and looks for NaN.
+  // Calls f(keys, count) for every unit, on all threads; the order must not matter to f. The first
+  // read fills the cache and looks for NaN.
   template <class F>
   void each_unit(bool first_read, F f) {
     parallel_for(units.per_channel(), threads, [&](int64_t k) {

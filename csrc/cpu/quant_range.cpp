@@ -26,8 +26,8 @@ void mean_abs_channels(const T* x, const Layout& layout, int threads, double* ou
   }
 }
 
-// Squared errors of all candidates over n elements, added to error[kMseCandidates]; a block of x stays
-// in the first-level cache while all candidates pass over it.
+// Squared errors of all candidates over n elements, added to error[kMseCandidates]; a block of x
+// stays in the first-level cache while all candidates pass over it.
 template <class C>
 void mse_row(const C* x, int64_t n, const Channel<C>* candidates, double* error) {
   for (int64_t b = 0; b < n; b += kSumBlock) {

@@ -7,8 +7,8 @@
 
 namespace qk::cpu::QK_ISA {
 
-// f(i, n, codes) for blocks of rows of `row_size` codes cut at multiples of kBlock within each row, so
-// that a block of packed codes begins on a byte; blocks of a thread lie side by side.
+// f(i, n, codes) for blocks of rows of `row_size` codes cut at multiples of kBlock within each row,
+// so that a block of packed codes begins on a byte; blocks of a thread lie side by side.
 template <class F>
 void for_blocks(int64_t numel, int64_t row_size, int threads, F f) {
   if (numel == 0) return;
@@ -53,21 +53,22 @@ int64_t quantize(const QuantizeParams& p, int threads) {
     ChannelTable<C> table(p.layout);
     bad = fill(table, p.quant, p.layout.channels);
     const int64_t row_size = p.pack ? p.row_size : numel;
-    for_blocks(numel, row_size, threads_for(numel, threads), [&](int64_t row, int64_t b, int64_t n) {
-      C buffer[kBlock];
-      int32_t code[kBlock];
-      const int64_t first = row * row_size + b;
-      const C* x = load(static_cast<const T*>(p.x) + first, buffer, n);
-      for_channels(table, first, n, [&](int64_t i, int64_t m, const Channel<C> c) {
-        for (int64_t j = i; j < i + m; ++j) code[j] = code_value(x[j], c, p.quant.qmin);
-      });
-      if (p.pack) {
-        const int64_t at = row * packed_bytes(row_size, p.pack) + b * p.pack / 8;
-        write_packed(code, n, static_cast<uint8_t*>(p.codes) + at, p.pack);
-      } else {
-        write_codes(code, n, p.codes, first, p.code_bytes);
-      }
-    });
+    for_blocks(numel, row_size, threads_for(numel, threads),
+               [&](int64_t row, int64_t b, int64_t n) {
+                 C buffer[kBlock];
+                 int32_t code[kBlock];
+                 const int64_t first = row * row_size + b;
+                 const C* x = load(static_cast<const T*>(p.x) + first, buffer, n);
+                 for_channels(table, first, n, [&](int64_t i, int64_t m, const Channel<C> c) {
+                   for (int64_t j = i; j < i + m; ++j) code[j] = code_value(x[j], c, p.quant.qmin);
+                 });
+                 if (p.pack) {
+                   const int64_t at = row * packed_bytes(row_size, p.pack) + b * p.pack / 8;
+                   write_packed(code, n, static_cast<uint8_t*>(p.codes) + at, p.pack);
+                 } else {
+                   write_codes(code, n, p.codes, first, p.code_bytes);
+                 }
+               });
   });
   return bad;
 }
@@ -90,26 +91,28 @@ int64_t dequantize(const DequantizeParams& p, int threads) {
     ChannelTable<C> table(p.layout);
     bad = fill(table, p.quant, p.layout.channels);
     const int64_t row_size = p.pack ? p.row_size : numel;
-    for_blocks(numel, row_size, threads_for(numel, threads), [&](int64_t row, int64_t b, int64_t n) {
-      C buffer[kBlock];
-      int32_t code[kBlock];
-      const int64_t first = row * row_size + b;
-      if (p.pack) {
-        const int64_t at = row * packed_bytes(row_size, p.pack) + b * p.pack / 8;
-        const uint8_t* bytes = static_cast<const uint8_t*>(p.codes) + at;
-        const int per_byte = 8 / p.pack;
-        for (int64_t i = 0; i < n; ++i)
-          code[i] = unpack_code(bytes[i / per_byte], int(i % per_byte), p.pack, p.quant.qmin < 0);
-      } else {
-        read_codes(p, first, n, code);
-      }
-      T* dst = static_cast<T*>(p.y) + first;
-      C* y = stage(dst, buffer);
-      for_channels(table, first, n, [&](int64_t i, int64_t m, const Channel<C> c) {
-        for (int64_t j = i; j < i + m; ++j) y[j] = dequantize_code(code[j], c, p.quant.qmin);
-      });
-      store(dst, buffer, n);
-    });
+    for_blocks(
+        numel, row_size, threads_for(numel, threads), [&](int64_t row, int64_t b, int64_t n) {
+          C buffer[kBlock];
+          int32_t code[kBlock];
+          const int64_t first = row * row_size + b;
+          if (p.pack) {
+            const int64_t at = row * packed_bytes(row_size, p.pack) + b * p.pack / 8;
+            const uint8_t* bytes = static_cast<const uint8_t*>(p.codes) + at;
+            const int per_byte = 8 / p.pack;
+            for (int64_t i = 0; i < n; ++i)
+              code[i] =
+                  unpack_code(bytes[i / per_byte], int(i % per_byte), p.pack, p.quant.qmin < 0);
+          } else {
+            read_codes(p, first, n, code);
+          }
+          T* dst = static_cast<T*>(p.y) + first;
+          C* y = stage(dst, buffer);
+          for_channels(table, first, n, [&](int64_t i, int64_t m, const Channel<C> c) {
+            for (int64_t j = i; j < i + m; ++j) y[j] = dequantize_code(code[j], c, p.quant.qmin);
+          });
+          store(dst, buffer, n);
+        });
   });
   return bad;
 }

@@ -24,9 +24,8 @@ struct KeyOf<double> {
   using Signed = int64_t;
 };
 
-// Negative numbers with all bits turned, the others with the sign turned: unsigned order is the order
-// of the values.
-// Returns whether a NaN is among them.
+// Negative numbers with all bits turned, the others with the sign turned: unsigned order is the
+// order of the values. Returns whether a NaN is among them.
 template <class C>
 inline bool to_keys(const C* values, int64_t n, typename KeyOf<C>::Key* keys) {
   using Key = typename KeyOf<C>::Key;
@@ -57,8 +56,8 @@ inline C from_key(typename KeyOf<C>::Key key) {
 constexpr int kDigit = 11;
 constexpr int64_t kBins = int64_t(1) << kDigit;
 
-// The bin that holds the rank-th element; rank becomes the rank within it. Sums of 32 bins, which are
-// vector additions, are passed over first.
+// The bin that holds the rank-th element; rank becomes the rank within it. Sums of 32 bins, which
+// are vector additions, are passed over first.
 template <class Count>
 inline int64_t find_bin(const Count* histogram, int64_t bins, int64_t& rank) {
   int64_t b = 0;

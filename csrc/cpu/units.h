@@ -1,8 +1,8 @@
 // Cuts a tensor into the units of work of a reduction over [outer, inner] for each channel.
 //
-// A unit is `rows` runs of `length` elements of one channel. The cut depends on the shape alone, and
-// the results of a channel's units are combined in their order, so that a reduction gives the same bits
-// for any number of threads.
+// A unit is `rows` runs of `length` elements of one channel. The cut depends on the shape alone,
+// and the results of a channel's units are combined in their order, so that a reduction gives the
+// same bits for any number of threads.
 #pragma once
 
 #include "cpu/convert.h"

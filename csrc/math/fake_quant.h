@@ -12,8 +12,8 @@ struct Channel {
   C inv, scale, lo, hi;
 };
 
-// A scale that is not positive, finite and normal, or a zero point that is not finite, makes inv and
-// scale NaN, and with them every value of the channel.
+// A scale that is not positive, finite and normal, or a zero point that is not finite, makes inv
+// and scale NaN, and with them every value of the channel.
 template <class C>
 QK_HD bool channel_valid(C scale, C zero_point) {
   return scale >= Limits<C>::smallest && scale <= Limits<C>::largest && qk_finite(zero_point);

@@ -26,17 +26,11 @@ QK_HD To qk_bits(From from) {
   return to;
 }
 
-QK_HD float to_compute(float v) {
-  return v;
-}
+QK_HD float to_compute(float v) { return v; }
 
-QK_HD double to_compute(double v) {
-  return v;
-}
+QK_HD double to_compute(double v) { return v; }
 
-QK_HD float to_compute(BFloat16 v) {
-  return qk_bits<float>(uint32_t(v.bits) << 16);
-}
+QK_HD float to_compute(BFloat16 v) { return qk_bits<float>(uint32_t(v.bits) << 16); }
 
 // The exponent is moved by a multiplication, which is exact and handles subnormals too.
 QK_HD float to_compute(Half v) {

@@ -6,8 +6,8 @@
 namespace qk {
 inline namespace QK_ISA {
 
-// code = q + zero_point; lo = qmin - zero_point, so q - lo counts from qmin. What has no code (NaN, an
-// invalid channel) gets the code of zero.
+// code = q + zero_point; lo = qmin - zero_point, so q - lo counts from qmin. What has no code (NaN,
+// an invalid channel) gets the code of zero.
 template <class C>
 QK_HD int32_t code_value(C x, const Channel<C>& c, int32_t qmin) {
   const Quantized<C> v = quantize_value<false>(x, c);

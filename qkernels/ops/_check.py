@@ -92,8 +92,8 @@ def check_param(op: str, name: str, p: Tensor, x: Tensor, channels: int) -> None
 def as_scale(op: str, x: Tensor, scale: Any) -> Tensor:
     """scale in the compute dtype; a Python number becomes a 0-dim tensor.
 
-    Narrow floats are widened (autograd sends the gradient back in their dtype), so that a model cast
-    to bf16 keeps working. fp64 is not narrowed behind the user's back.
+    Narrow floats are widened (autograd sends the gradient back in their dtype), so that a model
+    cast to bf16 keeps working. fp64 is not narrowed behind the user's back.
     """
     compute = numeric.compute_dtype(x.dtype)
     if isinstance(scale, Tensor):

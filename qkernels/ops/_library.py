@@ -43,8 +43,8 @@ def define(op: str, schema: str, check: Callable[..., None], fake: Callable[...,
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a call on x must go through torch's dispatcher: it is compiled, exported, watched by a
-    dispatch mode, or no plain CPU or CUDA tensor."""
+    """Whether a call on x must go through torch's dispatcher: it is compiled, exported, watched by
+    a dispatch mode, or x is no plain tensor with memory."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN

@@ -1,4 +1,4 @@
-"""fake_quant: quantize and dequantize with a given, learned or dynamic scale, as an autograd function."""
+"""fake_quant: quantize and dequantize with a given, learned or dynamic scale, with gradients."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any
 ) -> None:
     ctx.grad_scale = keyword_only_inputs["grad_scale"]
-    save(ctx, inputs[:8], *output, keyword_only_inputs["backend"])
+    y, mask = output
+    save(ctx, inputs[:8], y, mask, keyword_only_inputs["backend"])
 
 
 def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -119,12 +119,12 @@ torch.library.register_autograd(
 def dynamic_with_grad(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(y, scale, zero point) with the straight-through gradient; arguments are the schema's, less
     the mask, and the backend."""
-    *args, backend = rest
+    args, backend = rest[:-1], rest[-1]
     if not (torch.is_grad_enabled() and x.requires_grad):
         return call("fake_quant_dynamic", backend, x, *args, False)[:3]
     if traced(x):
         return call("fake_quant_dynamic", backend, x, *args, True)[:3]
-    check_fake_quant_dynamic(x, *args, True)
+    check_fake_quant_dynamic(*(x, *args, True))
     return FakeQuantDynamic.apply(x, *args, backend)
 
 
@@ -143,8 +143,8 @@ def fake_quant_dynamic(
 ) -> FakeQuantized:
     """`fake_quant` with the range of x itself, and the scale and zero point that it used.
 
-    Args and errors are those of `fake_quant` and `quant_range`. The gradient of x is straight-through;
-    scale and zero point are constants in it.
+    Args and errors are those of `fake_quant` and `quant_range`. The gradient of x is
+    straight-through; scale and zero point are constants in it.
 
     Returns:
         FakeQuantized(y, scale, zero_point): y as `fake_quant`, the others as `quant_range`.

@@ -1,4 +1,4 @@
-"""quant_range: scale and zero point of a tensor by min-max, percentile, MSE search or LSQ's rule."""
+"""quant_range: scale and zero point by min-max, percentile, MSE search or LSQ's rule."""
 
 from __future__ import annotations
 
@@ -111,13 +111,14 @@ def quant_range(
         percentile: for method="percentile": in (50, 100], default 99.
 
     From a range [lo, hi] to the result, n = qmax - qmin (docs/numerics.md):
-        affine: widened to hold 0; scale = (hi - lo) / n; zero_point = clamp(qmin - rint(lo / scale))
+        affine: widened to hold 0; scale = (hi - lo) / n;
+            zero_point = clamp(qmin - rint(lo / scale), qmin, qmax)
         symmetric: scale = max|x| / (n / 2); zero_point = 0
 
     Returns:
-        QuantRange(scale, zero_point), 0-dim per tensor or 1-D with one entry per channel; fp32 (fp64
-        for fp64 x) and int32. A channel of zeros gets the smallest normal scale; NaN in a channel
-        makes its scale NaN.
+        QuantRange(scale, zero_point), 0-dim per tensor or 1-D with one entry per channel; fp32
+        (fp64 for fp64 x) and int32. A channel of zeros gets the smallest normal scale; NaN in a
+        channel makes its scale NaN.
 
     Raises:
         TypeError, ValueError: as in `fake_quant`.

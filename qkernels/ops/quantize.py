@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -197,8 +195,9 @@ def dequantize(
     axis = _check.normal_axis("dequantize", codes, axis, None if packed else group_size)
     row = _registry.check_backend(backend, "dequantize: backend")
     if dtype is None:
-        is_float = isinstance(scale, Tensor) and scale.dtype in numeric.FLOAT_DTYPES
-        dtype = scale.dtype if is_float else torch.float32
+        dtype = torch.float32
+        if isinstance(scale, Tensor) and scale.dtype in numeric.FLOAT_DTYPES:
+            dtype = scale.dtype
     if dtype not in numeric.FLOAT_DTYPES:
         raise TypeError(
             f"dequantize: dtype must be float32, float64, float16 or bfloat16, got {dtype}"

@@ -1,5 +1,5 @@
 // Kernels that use every part of the shim, rightly and wrongly, for tests/test_shim_selfcheck.py.
-#include "cuda/launch.h"
+#include "cuda/channels.h"
 
 namespace qk::cuda {
 
@@ -82,8 +82,6 @@ extern "C" int shim_selfcheck(int kernel, uint32_t* out, size_t shared_bytes) {
 }
 
 // n / d by FastDivision, to compare with the machine's division
-#include "cuda/channels.h"
-
 extern "C" int64_t shim_fast_quotient(int64_t n, int64_t d) {
   return qk::cuda::FastDivision(d).quotient(n);
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import like_in_order, flat_params
+from qkernels.backends.native.common import flat_params, like_in_order
 from qkernels.ops._check import check_values
 
 

@@ -2,7 +2,7 @@
 
     t    = x * (1 / scale)
     q    = clamp(rint(t), qmin - zp, qmax - zp)        zp = rint(zero_point)
-    y    = q * scale                                   the same as (code - zp) * scale, code = q + zp
+    y    = q * scale                                   (code - zp) * scale, code = q + zp
     mask = rint(t) == q            clip="code": the rounded code is in range
          = qmin - zp <= t <= qmax - zp                 clip="value"
     grad_x = grad * mask

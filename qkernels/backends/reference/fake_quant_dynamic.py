@@ -1,4 +1,4 @@
-"""The range of x, its scale and zero point, and the fake quantization of x: quant_range, then fake_quant."""
+"""The range of x, and the fake quantization of x with it: quant_range, then fake_quant."""
 
 from __future__ import annotations
 

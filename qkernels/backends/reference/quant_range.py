@@ -8,7 +8,8 @@
 
 From a range to (scale, zero point), n = qmax - qmin:
 
-    affine      lo = min(lo, 0), hi = max(hi, 0); scale = (hi - lo) / n; zp = clamp(qmin - rint(lo / scale))
+    affine      lo = min(lo, 0), hi = max(hi, 0); scale = (hi - lo) / n;
+                zp = clamp(qmin - rint(lo / scale), qmin, qmax)
     symmetric   scale = max(-lo, hi) / (n / 2); zp = 0
 
 A scale is never below the smallest normal number, so that an all-zero channel stays zero. NaN in a
@@ -51,7 +52,7 @@ def quant_range(
     method: str,
     percentile: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (scale, zero point as int32, range [2, ...]) with one entry per channel (0-dim per tensor)."""
+    """-> (scale, zero point as int32, range [2, ...]), an entry per channel (0-dim per tensor)."""
     shape = numeric.params_shape(x.shape, axis, group_size)
     rows = to_channels(x, axis, group_size).transpose(0, 1).flatten(1)  # [channels, elements]
     if rows.shape[1] == 0:  # nothing to look at: as for zeros
