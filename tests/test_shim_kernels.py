@@ -76,10 +76,8 @@ def run(lib: ctypes.CDLL, op: str, *args: Any) -> Any:
     results = []
     for reverse in (1, 0):
         lib.shim_reverse(reverse)
-        with pytest.MonkeyPatch.context() as patch, shimmed():
-            patch.setattr(fences, "EDGE", 64)
-            with fences.fenced():
-                result = function(*args)
+        with shimmed(), fences.fenced(aligned=True):
+            result = function(*args)
         results.append((result,) if isinstance(result, Tensor) else result)
     for one, two in zip(*results, strict=True):
         assert_same(one, two, f"{op}: order of blocks and threads")

@@ -51,9 +51,8 @@ def fake_quant_bwd_kernel(
     grad_ptr, mask_ptr, out_ptr, numel, GROUPS: tl.constexpr, WIDE: tl.constexpr
 ):
     """grad where the bit is set, +0 elsewhere."""
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    if WIDE:
-        group = group.to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    group = pid * GROUPS + tl.arange(0, GROUPS)
     offset = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     exists = offset < numel
     byte = tl.load(mask_ptr + group, mask=group * 8 < numel, other=0).to(tl.int32)

@@ -33,12 +33,9 @@ def locate(
     """
     all_groups = (period + 7) // 8
     blocks = (all_groups + GROUPS - 1) // GROUPS
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
     row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
     group = (pid % blocks) * GROUPS + tl.arange(0, GROUPS)
-    if WIDE:
-        row = row.to(tl.int64)
-        group = group.to(tl.int64)
     position = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     offset = row[:, None, None] * period + position
     exists = (row[:, None, None] < outer) & (position < period)
@@ -75,12 +72,11 @@ def tile(
     WIDE: tl.constexpr,
 ):
     """Tile [C, E] at element step * E of channel block * C -> (offset, whether it exists)."""
-    c = (block * C + tl.arange(0, C))[:, None]
     if WIDE:
-        c = c.to(tl.int64)
-        e = (step.to(tl.int64) * E + tl.arange(0, E))[None, :]
-    else:
-        e = (step * E + tl.arange(0, E))[None, :]
+        block = block.to(tl.int64)
+        step = step.to(tl.int64)
+    c = (block * C + tl.arange(0, C))[:, None]
+    e = (step * E + tl.arange(0, E))[None, :]
     if MODE == GRID_ROWS:
         offset = c * n + e
     elif MODE == COLUMNS:

@@ -71,6 +71,7 @@ def mse_kernel(
 @triton.jit(do_not_specialize=["parts", "qmin", "qmax"])
 def mse_finish_kernel(
     error_ptr,
+    minmax_ptr,
     scale_ptr,
     zero_point_ptr,
     range_ptr,
@@ -81,7 +82,7 @@ def mse_finish_kernel(
     SYMMETRIC: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The first candidate with the least error; range holds the min-max range and gets the best."""
+    """The range of the first candidate with the least error, of the shrunk min-max range."""
     c = tl.program_id(0) * C + tl.arange(0, C)
     slot = tl.arange(0, SLOTS)[None, :]
     known = (c < channels)[:, None] & (slot < CANDIDATES)
@@ -95,17 +96,17 @@ def mse_finish_kernel(
     least = tl.min(errors, axis=1)[:, None]
     best = tl.min(tl.where((errors == least) & (least < infinity), slot, SLOTS), axis=1)
     best = tl.where(best < CANDIDATES, best, 0)
-    lo = tl.load(range_ptr + c, mask=c < channels, other=0.0)
-    hi = tl.load(range_ptr + channels + c, mask=c < channels, other=0.0)
+    lo = tl.load(minmax_ptr + c, mask=c < channels, other=0.0)
+    hi = tl.load(minmax_ptr + channels + c, mask=c < channels, other=0.0)
     shrink = mse_shrink(best, lo.dtype)
     lo, hi = lo * shrink, hi * shrink
     store_range(scale_ptr, zero_point_ptr, range_ptr, c, channels, lo, hi, qmin, qmax, SYMMETRIC)
 
 
 def mse_range(
-    flat: Tensor, layout: Layout, out: tuple[Tensor, Tensor, Tensor], rest: tuple
+    flat: Tensor, layout: Layout, minmax: Tensor, out: tuple[Tensor, Tensor, Tensor], rest: tuple
 ) -> None:
-    """out = (scale, zero point, range) holds those of the min-max range and gets the best."""
+    """Fill out = (scale, zero point, range) with the best of the shrunk min-max range."""
     qmin, qmax, symmetric = rest
     plan = launch.reduction(layout, most_channels=MOST_CHANNELS)
     _, channels, _ = layout
@@ -114,7 +115,7 @@ def mse_range(
         mse_kernel,
         plan.programs,
         flat,
-        out[2],
+        minmax,
         errors,
         qmin,
         qmax,
@@ -129,6 +130,7 @@ def mse_range(
         mse_finish_kernel,
         launch.ceil_div(channels, block),
         errors,
+        minmax,
         *out,
         plan.parts,
         qmin,

@@ -151,9 +151,17 @@ def follow(counts, rank):
 
 @triton.jit(do_not_specialize=["lo_k", "hi_k", "parts"])
 def select_kernel(
-    count_ptr, state_ptr, lo_k, hi_k, parts, channels, FIRST: tl.constexpr, P: tl.constexpr
+    count_ptr,
+    state_ptr,
+    next_ptr,
+    lo_k,
+    hi_k,
+    parts,
+    channels,
+    FIRST: tl.constexpr,
+    P: tl.constexpr,
 ):
-    """Append the next digit to both bounds of a channel."""
+    """Append the next digit to both bounds of a channel, from one state to the next."""
     channel = tl.program_id(0)
     digit = tl.arange(0, DIGITS)[None, :]
     lo_counts = tl.zeros([P, DIGITS], tl.int64)
@@ -179,12 +187,13 @@ def select_kernel(
     hi_counts = tl.where(lo_begin == hi_begin, lo_counts, hi_counts)
     lo_digit, lo_rank, lo_tied = follow(lo_counts, lo_rank)
     hi_digit, hi_rank, hi_tied = follow(hi_counts, hi_rank)
-    tl.store(state, lo_begin * DIGITS + lo_digit)
-    tl.store(state + 1, hi_begin * DIGITS + hi_digit)
-    tl.store(state + 2, lo_rank)
-    tl.store(state + 3, hi_rank)
-    tl.store(state + 4, lo_tied)
-    tl.store(state + 5, hi_tied)
+    after = next_ptr + channel * STATE
+    tl.store(after, lo_begin * DIGITS + lo_digit)
+    tl.store(after + 1, hi_begin * DIGITS + hi_digit)
+    tl.store(after + 2, lo_rank)
+    tl.store(after + 3, hi_rank)
+    tl.store(after + 4, lo_tied)
+    tl.store(after + 5, hi_tied)
 
 
 @triton.jit
@@ -319,7 +328,8 @@ def select(flat: Tensor, layout: Layout, ranks: tuple, out: tuple, rest: tuple) 
     bits = flat.element_size() * 8
     plan = launch.reduction(layout, most_channels=1)
     parts = plan.parts
-    state = flat.new_empty((channels, STATE.value), dtype=torch.int64)
+    # the digits found so far, and where the next launch puts them with one more
+    state, after = flat.new_empty((2, channels, STATE.value), dtype=torch.int64)
     counts = flat.new_empty((parts, channels, 2 * DIGITS.value), dtype=torch.int32)
     above = flat.new_empty((parts, channels, 3), dtype=torch.int64)
     block = min(launch.power_of_two(parts), 64)
@@ -328,18 +338,9 @@ def select(flat: Tensor, layout: Layout, ranks: tuple, out: tuple, rest: tuple) 
         first = shift == bits - DIGIT_BITS
         constants = {"FIRST": first, "BITS": bits, **plan.constants}
         launch.run(digits_kernel, plan.programs, flat, state, counts, shift, *where, **constants)
-        launch.run(
-            select_kernel,
-            channels,
-            counts,
-            state,
-            lo_k,
-            hi_k,
-            parts,
-            channels,
-            FIRST=first,
-            P=block,
-        )
+        args = (counts, state, after, lo_k, hi_k, parts, channels)
+        launch.run(select_kernel, channels, *args, FIRST=first, P=block)
+        state, after = after, state
     launch.run(above_kernel, plan.programs, flat, state, above, *where, BITS=bits, **plan.constants)
     launch.run(
         percentile_finish_kernel,

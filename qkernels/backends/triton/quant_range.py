@@ -118,14 +118,15 @@ def minmax_finish_kernel(
     nan = tl.max(nans, axis=0) != 0
     least = tl.where(nan, float("nan"), tl.min(lo, axis=0))
     most = tl.where(nan, float("nan"), tl.max(hi, axis=0))
-    store_range(
-        scale_ptr, zero_point_ptr, range_ptr, c, channels, least, most, qmin, qmax, SYMMETRIC
-    )
+    scale, zero_point = range_to_qparams(least, most, qmin, qmax, SYMMETRIC)
     if sums_ptr is not None:
-        _scale, zero_point = range_to_qparams(least, most, qmin, qmax, SYMMETRIC)
         mean = tl.sum(total, axis=0) / n.to(tl.float64)
-        scale = lsq_scale(mean, zero_point, qmin, qmax, SYMMETRIC).to(dtype)
-        tl.store(scale_ptr + c, at_least_smallest(scale), mask=c < channels)
+        scale = at_least_smallest(lsq_scale(mean, zero_point, qmin, qmax, SYMMETRIC).to(dtype))
+    known = c < channels
+    tl.store(scale_ptr + c, scale, mask=known)
+    tl.store(zero_point_ptr + c, zero_point, mask=known)
+    tl.store(range_ptr + c, least, mask=known)
+    tl.store(range_ptr + channels + c, most, mask=known)
 
 
 @triton.jit(do_not_specialize=["qmin", "qmax"])
@@ -242,7 +243,9 @@ def quant_range(
         return out
     outer, _, inner = layout
     bounds, sums = minmax_parts(flat, layout, method == "lsq")
-    minmax_finish(bounds, sums, out, outer * inner, rest)
+    scale, zero_point, best = out
+    range = torch.empty_like(best) if method == "mse" else best
+    minmax_finish(bounds, sums, (scale, zero_point, range), outer * inner, rest)
     if method == "mse":
-        mse_range(flat, layout, out, rest)
+        mse_range(flat, layout, range, out, rest)
     return out

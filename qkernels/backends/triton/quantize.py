@@ -51,9 +51,8 @@ def locate_packed(
     -> (byte [BYTES], whether it exists, element, whether it exists, channel)
     """
     PER: tl.constexpr = 8 // BITS
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    if WIDE:
-        byte = byte.to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    byte = pid * BYTES + tl.arange(0, BYTES)
     row = byte // row_bytes
     column = (byte % row_bytes)[:, None] * PER + tl.arange(0, PER)[None, :]
     element = row[:, None] * length + column
