@@ -30,13 +30,15 @@ def qparams(range: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tenso
     """range [2, ...] -> (scale, zero point as int32), each of shape [...]."""
     lo, hi = range[0], range[1]
     tiny = numeric.smallest_scale(range.dtype)
+    # a tensor: torch may turn the division by a number into a multiplication on a GPU
+    steps = torch.full_like(lo, (qmax - qmin) / 2 if symmetric else qmax - qmin)
     if symmetric:
-        scale = torch.maximum(-lo, hi) / ((qmax - qmin) / 2)
+        scale = torch.maximum(-lo, hi) / steps
         # NaN must win over the smallest scale, hence clamp and not fmax
         return scale.clamp(min=tiny), torch.zeros_like(scale, dtype=torch.int32)
     zero = torch.zeros_like(lo)
     lo, hi = torch.minimum(lo, zero), torch.maximum(hi, zero)
-    scale = ((hi - lo) / (qmax - qmin)).clamp(min=tiny)
+    scale = ((hi - lo) / steps).clamp(min=tiny)
     zp = (qmin - (lo / scale).round()).clamp(qmin, qmax)
     zp = torch.where(zp.isnan(), float(qmin), zp)
     return scale, zp.to(torch.int32)
