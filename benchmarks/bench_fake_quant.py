@@ -57,6 +57,16 @@ def bench_forward(benchmark: Any) -> None:
     )
 
 
+def assert_gradients_agree(ours: Tensor, theirs: Tensor) -> None:
+    """All but a few entries agree: torch rounds x / scale + zero_point and ours x / scale. The sum
+    loses some 2^-17 of a step, so that one element in 100 000 or so, next to a tie, gets another
+    code; each changes its own entry or its channel's sum."""
+    error = (ours - theirs).abs() / theirs.abs().max()
+    off = int((error > 1e-4).sum())
+    most = SHAPE[0] * SHAPE[1] // 50_000
+    assert off <= most, f"{off} of {ours.numel()} gradients differ, at most {most} may"
+
+
 def bench_forward_backward(benchmark: Any) -> None:
     x, scale, zp, grad = inputs()
     x.requires_grad_()
@@ -70,6 +80,12 @@ def bench_forward_backward(benchmark: Any) -> None:
 
     core = torch.fake_quantize_per_channel_affine
     assert_parity(x.detach(), scale, zp, core(x.detach(), scale, zp, 0, QMIN, QMAX))
+    step(qkernels.fake_quant(x, scale, zp, bits=8, axis=0))
+    got = x.grad
+    clear()
+    step(core(x, scale, zp, 0, QMIN, QMAX))
+    assert_gradients_agree(got, x.grad)
+    clear()
     race(
         benchmark,
         lambda: step(qkernels.fake_quant(x, scale, zp, bits=8, axis=0)),
@@ -82,14 +98,6 @@ def bench_forward_backward(benchmark: Any) -> None:
         copy_bytes=2 * BYTES,
         before=clear,
     )
-
-
-def assert_gradients_agree(ours: Tensor, theirs: Tensor) -> None:
-    """All but a few entries agree: torch rounds x / scale + zero_point and ours x / scale, so that
-    a few elements next to a tie get another code, each with its own term in one channel's sum."""
-    error = (ours - theirs).abs() / theirs.abs().max()
-    off = int((error > 1e-4).sum())
-    assert off <= max(10, ours.numel() // 10_000), f"{off} of {ours.numel()} gradients differ"
 
 
 def bench_lsq_forward_backward(benchmark: Any) -> None:

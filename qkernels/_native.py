@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import warnings
 from types import ModuleType
@@ -32,6 +33,11 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 C, missing = _load()
+
+if os.environ.get("QKERNELS_SIMD", "") not in ("", "avx512", "avx2", "base"):
+    raise ValueError(
+        "QKERNELS_SIMD must be one of avx512, avx2, base, got " + repr(os.environ["QKERNELS_SIMD"])
+    )
 
 
 def available(device: str) -> str | None:

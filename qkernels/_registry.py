@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from qkernels._table import BACKENDS, ROWS, STEMS, Row
 
 log = logging.getLogger("qkernels")
@@ -128,8 +130,9 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "native", "triton", "reference", or "auto" for the order of the table.
 
-    The setting is global to the process, so that the backward, which autograd runs on a thread of
-    its own, follows it too. A call that the backend cannot run raises with the reason; nothing
+    The setting is global to the process and not meant for several threads at once: autograd runs
+    the backward of CUDA tensors on a thread of its own, which must follow it too (if the backward
+    runs inside the block). A call that the backend cannot run raises with the reason; nothing
     falls back. The environment variable QKERNELS_BACKEND sets the same for a whole process, and the
     argument `backend=` of each op for one call.
 
@@ -158,6 +161,8 @@ def explain(op: str, *args: Any, backend: str | None = None) -> str:
     """
     if op not in STEMS:
         raise ValueError(f"explain: op must be one of {', '.join(STEMS)}, got {op!r}")
+    if args and not isinstance(args[0], Tensor):
+        raise TypeError(f"explain: args[0] must be a Tensor, got {type(args[0]).__name__}")
     device = args[0].device.type if args else "cpu"
     asked = check_backend(backend, "explain: backend") or _backend
     lines = [f"{op} on {device}" + (f", backend={asked}" if asked else "")]

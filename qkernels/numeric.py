@@ -13,6 +13,9 @@ METHODS = ("minmax", "percentile", "mse", "lsq")
 CLIPS = ("code", "value")
 DEFAULT_PERCENTILE = 99.0
 
+# up to here code - zero_point is exact in fp32 for every code; equal to kLargestZeroPoint in C++
+LARGEST_ZERO_POINT = 1 << 23
+
 # the MSE search shrinks the min-max range by k % for k = 0 .. 79
 MSE_CANDIDATES = 80
 MSE_STEP = 0.01
@@ -36,6 +39,10 @@ def code_range(op: str, bits: int, symmetric: bool, narrow_range: bool) -> tuple
     """(qmin, qmax): signed codes when symmetric, else unsigned; narrow_range drops the lowest."""
     if type(bits) is not int:
         raise TypeError(f"{op}: bits must be an int in 1..16, got {bits!r}")
+    if type(symmetric) is not bool or type(narrow_range) is not bool:
+        for name, value in (("symmetric", symmetric), ("narrow_range", narrow_range)):
+            if type(value) is not bool:
+                raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
     if not 1 <= bits <= 16:
         raise ValueError(f"{op}: bits must be in 1..16, got {bits}")
     qmin, qmax = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
@@ -131,6 +138,11 @@ def params_shape(shape: torch.Size, axis: int | None, group_size: int | None) ->
 def mask_bytes(numel: int) -> int:
     """Size of the mask saved for the backward: one bit per element."""
     return (numel + 7) // 8
+
+
+def packed_shape(shape: torch.Size, pack: int) -> list[int]:
+    """Shape of the bytes that hold codes of this shape, `pack` bits each; rows fill whole bytes."""
+    return [*shape[:-1], (shape[-1] * pack + 7) // 8]
 
 
 def percentile_ranks(percentile: float, n: int) -> tuple[tuple[int, float], tuple[int, float]]:

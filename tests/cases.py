@@ -12,20 +12,30 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
+# (*shape) -> standard normal numbers, in the dtype and on the device that the case is asked for
+Randn = Callable[..., Tensor]
+
+
 class Case(NamedTuple):
     """A tensor and the granularity at which it is quantized."""
 
     name: str
-    make: Callable[[], Tensor]
+    make: Callable[[Randn], Tensor]
     axis: int | None = None
     group_size: int | None = None
 
-    def tensor(self, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    def tensor(
+        self, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The same numbers in every dtype; where `make` takes a view, it is one on the device."""
+
+        # a change of dtype or device keeps no gaps: it is done before the view is taken
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape).to(device, dtype)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            x = self.make()
-            # dtype and device changes keep dense strides but not those of views: cast the base
-            return x if x.dtype is dtype else x.to(dtype)
+            return self.make(randn)
 
 
 def special_values() -> Tensor:
@@ -37,45 +47,45 @@ def special_values() -> Tensor:
     )
 
 
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).to(memory_format=torch.channels_last)
+def channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
 
 
 # names say what could go wrong: block ends, short and long inner, order of memory, views
 CASES = (
-    Case("zero_dim", lambda: torch.tensor(1.3)),
-    Case("one_element", lambda: torch.randn(1)),
-    Case("flat_odd", lambda: torch.randn(1037)),
-    Case("flat_views_every_third", lambda: torch.randn(600)[::3]),
-    Case("rows", lambda: torch.randn(5, 77), axis=0),
-    Case("rows_aligned", lambda: torch.randn(6, 64), axis=0),
-    Case("columns", lambda: torch.randn(33, 20), axis=1),
-    Case("conv_weight", lambda: torch.randn(10, 3, 3, 3), axis=0),
-    Case("conv_weight_axis1", lambda: torch.randn(4, 6, 3, 3), axis=1),
-    Case("middle_axis", lambda: torch.randn(3, 5, 7), axis=1),
-    Case("middle_axis_long", lambda: torch.randn(2, 3, 600), axis=1),
-    Case("channels_last", lambda: channels_last(2, 16, 5, 3), axis=1),
-    Case("channels_last_axis0", lambda: channels_last(4, 6, 3, 5), axis=0),
-    Case("channels_last_tensor", lambda: channels_last(2, 7, 5, 3)),
-    Case("transposed", lambda: torch.randn(30, 14).t(), axis=0),
-    Case("sliced", lambda: torch.randn(10, 20)[::2, 1::3], axis=1),
-    Case("expanded", lambda: torch.randn(1, 9).expand(4, 9), axis=1),
-    Case("unaligned", lambda: torch.randn(1 + 4 * 40)[1:].view(4, 40), axis=0),
-    Case("groups", lambda: torch.randn(4, 96), group_size=32),
-    Case("groups_odd", lambda: torch.randn(6, 15), group_size=5),
-    Case("groups_channels_last", lambda: channels_last(2, 16, 4, 3), group_size=12),
-    Case("zero_channels", lambda: torch.randn(0, 4), axis=0),
-    Case("empty_channels", lambda: torch.randn(4, 0), axis=0),
-    Case("empty_flat", lambda: torch.randn(0)),
+    Case("zero_dim", lambda r: r()),
+    Case("one_element", lambda r: r(1)),
+    Case("flat_odd", lambda r: r(1037)),
+    Case("flat_views_every_third", lambda r: r(600)[::3]),
+    Case("rows", lambda r: r(5, 77), axis=0),
+    Case("rows_aligned", lambda r: r(6, 64), axis=0),
+    Case("columns", lambda r: r(33, 20), axis=1),
+    Case("conv_weight", lambda r: r(10, 3, 3, 3), axis=0),
+    Case("conv_weight_axis1", lambda r: r(4, 6, 3, 3), axis=1),
+    Case("middle_axis", lambda r: r(3, 5, 7), axis=1),
+    Case("middle_axis_long", lambda r: r(2, 3, 600), axis=1),
+    Case("channels_last", lambda r: channels_last(r(2, 16, 5, 3)), axis=1),
+    Case("channels_last_axis0", lambda r: channels_last(r(4, 6, 3, 5)), axis=0),
+    Case("channels_last_tensor", lambda r: channels_last(r(2, 7, 5, 3))),
+    Case("transposed", lambda r: r(30, 14).t(), axis=0),
+    Case("sliced", lambda r: r(10, 20)[::2, 1::3], axis=1),
+    Case("expanded", lambda r: r(1, 9).expand(4, 9), axis=1),
+    Case("unaligned", lambda r: r(1 + 4 * 40)[1:].view(4, 40), axis=0),
+    Case("groups", lambda r: r(4, 96), group_size=32),
+    Case("groups_odd", lambda r: r(6, 15), group_size=5),
+    Case("groups_channels_last", lambda r: channels_last(r(2, 16, 4, 3)), group_size=12),
+    Case("zero_channels", lambda r: r(0, 4), axis=0),
+    Case("empty_channels", lambda r: r(4, 0), axis=0),
+    Case("empty_flat", lambda r: r(0)),
 )
 
 # larger ones, for what happens between blocks, threads and units; not for interpreted rows
 LARGE_CASES = (
-    Case("large_flat", lambda: torch.randn(300_001)),
-    Case("large_rows", lambda: torch.randn(24, 9001), axis=0),
-    Case("large_columns", lambda: torch.randn(5000, 48), axis=1),
-    Case("large_channels_last", lambda: channels_last(8, 24, 40, 31), axis=1),
-    Case("large_groups", lambda: torch.randn(64, 4096), group_size=128),
+    Case("large_flat", lambda r: r(300_001)),
+    Case("large_rows", lambda r: r(24, 9001), axis=0),
+    Case("large_columns", lambda r: r(5000, 48), axis=1),
+    Case("large_channels_last", lambda r: channels_last(r(8, 24, 40, 31)), axis=1),
+    Case("large_groups", lambda r: r(64, 4096), group_size=128),
 )
 
 # (bits, symmetric, narrow_range)

@@ -94,7 +94,7 @@ def test_parameters(op: str) -> None:
         ):
             call(op, x, scale=bad)
     with pytest.raises(
-        ValueError, match=rf"^{op}: zero_point must be finite, got nan at channel 0"
+        ValueError, match=rf"^{op}: zero_point must be finite .*got nan at channel 0"
     ):
         call(op, x, scale=1.0, zero_point=float("nan"))
 
@@ -203,3 +203,24 @@ def test_any_arguments_give_a_result_or_a_clear_error(
     want = qkernels.fake_quant(x, **args, backend="reference")
     if method != "mse":  # near-equal candidates may differ
         torch.testing.assert_close(y, want, rtol=1e-6, atol=0)
+
+
+def test_more_bad_arguments() -> None:
+    with pytest.raises(TypeError, match=r"^fake_quant: symmetric must be a bool, got 'no'$"):
+        call("fake_quant", symmetric="no")
+    s = S.clone().requires_grad_()
+    with pytest.raises(TypeError, match=r"^fake_quant: grad_scale must be a number .*got 'a'"):
+        call("fake_quant", scale=s, grad_scale="a")
+    with pytest.raises(ValueError, match=r"^fake_quant: grad_scale must be finite, got nan$"):
+        call("fake_quant", scale=s, grad_scale=float("nan"))
+    with pytest.raises(TypeError, match=r"^fake_quant: x must be a dense .*got torch.sparse_coo$"):
+        call("fake_quant", X.to_sparse())
+    for zp in (2**24, -(2**40), 2**62):
+        for value in (zp, torch.tensor(zp)):
+            with pytest.raises(ValueError, match=r"zero_point must be finite and at most 8388608"):
+                call("fake_quant", scale=1.0, zero_point=value)
+    with pytest.raises(TypeError, match=r"^explain: args\[0\] must be a Tensor, got int$"):
+        qkernels.explain("fake_quant", 3)
+    mask = torch.zeros(6, dtype=torch.uint8)[::2]
+    with pytest.raises(ValueError, match=r"^fake_quant_bwd: mask must be contiguous, got strides"):
+        torch.ops.qkernels.fake_quant_bwd(X, mask, [])

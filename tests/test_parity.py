@@ -10,6 +10,8 @@ from fences import fenced
 from rows import Runner, params, reference, run
 
 from qkernels import numeric
+from qkernels.backends.reference.common import to_channels
+from qkernels.backends.reference.fake_quant import quantized
 
 case_of = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 large_case = pytest.mark.parametrize("case", LARGE_CASES, ids=lambda c: c.name)
@@ -36,11 +38,10 @@ def order_of(x: torch.Tensor, case: Case) -> list[int]:
 
 
 def check_fake_quant(runner: Runner, case: Case, dtype: torch.dtype, bits_range: tuple) -> None:
-    x = (case.tensor(dtype) * 2).to(runner.device)
-    if not case.tensor(dtype).is_contiguous():
-        x = case.tensor(dtype).to(runner.device)
+    x = case.tensor(dtype, device=runner.device)
     qmin, qmax = numeric.code_range("test", *bits_range)
     scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
+    scale = scale / 2  # more to clip
     for clip, zero_point in (("code", zp), ("value", None), ("value", zp.to(scale.dtype) + 0.3)):
         args = (x, scale, zero_point, qmin, qmax, case.axis, case.group_size, clip)
         want, want_mask = reference("fake_quant", *args, True)
@@ -73,24 +74,46 @@ def test_fake_quant_large(runner: Runner, case: Case) -> None:
 @case_of
 @dtype_of
 def test_fake_quant_bwd(runner: Runner, case: Case, dtype: torch.dtype) -> None:
-    x = case.tensor(dtype).to(runner.device)
-    grad = case.tensor(dtype, seed=1).to(runner.device)
-    flat = grad.contiguous().reshape(-1)
-    flat[:1], flat[1:2] = float("nan"), float("inf")  # a clipped element is 0 all the same
-    grad = flat.reshape(grad.shape)
+    x = case.tensor(dtype, device=runner.device)
+    grad = case.tensor(dtype, seed=1, device=runner.device)
     numel = x.numel()
+    if numel:  # a clipped element is 0 all the same
+        grad[(0,) * grad.dim()] = float("nan")
+        grad[(-1,) * grad.dim()] = float("inf")
     mask = torch.randint(0, 256, (numeric.mask_bytes(numel),), dtype=torch.uint8).to(x.device)
     order = order_of(x, case)
     want = reference("fake_quant_bwd", grad, mask, order)
     for aligned in (True, False):
         with fenced(aligned):
-            got = run(runner, grad, mask, order)
+            # the strides of x, and row-major ones, which the row must bring into the mask's order
+            got = run(runner, grad if aligned else grad.contiguous(), mask, order)
         assert_same(got, want, f"grad_x, aligned={aligned}")
 
 
+def lsq_terms(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_size: int | None,
+    clip: str,
+    grad_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each channel the sum of the sizes of the terms of grad_scale and of grad_zp."""
+    v = quantized(to_channels(x, axis, group_size), scale, zero_point, qmin, qmax, clip)
+    size = to_channels(torch.empty_like(x).copy_(grad), axis, group_size).double().abs()
+    size = size * grad_scale
+    slope = torch.where(v.inside, v.q - v.t, v.q).double().abs()
+    step = torch.where(v.inside, 0.0, v.scale.double())
+    return tuple((size * d).sum(dim=(0, 2)).reshape(scale.shape) for d in (slope, step))
+
+
 def check_lsq_bwd(runner: Runner, case: Case, dtype: torch.dtype, bits_range: tuple) -> None:
-    x = case.tensor(dtype).to(runner.device)
-    grad = case.tensor(dtype, seed=1).to(runner.device)
+    x = case.tensor(dtype, device=runner.device)
+    grad = case.tensor(dtype, seed=1, device=runner.device)
     qmin, qmax = numeric.code_range("test", *bits_range)
     scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
     for clip, zero_point in (("code", zp), ("value", zp.to(scale.dtype) + 0.3)):
@@ -100,11 +123,9 @@ def check_lsq_bwd(runner: Runner, case: Case, dtype: torch.dtype, bits_range: tu
             got = run(runner, grad, *args)
             again = run(runner, grad, *args)
         assert_same(got[0], want[0], f"grad_x, clip={clip}")
-        # what rounding can explain: the size of the terms; codes reach |qmin - zp| and |qmax - zp|
-        size = reference("lsq_bwd", grad.abs(), *args[:-1], 0.5 * (qmax - qmin + 1))
-        terms = grad.abs().to(torch.float64).sum().to(scale.dtype) * (qmax - qmin + 1)
-        assert_sums(got[1], want[1], terms, f"grad_scale, clip={clip}")
-        assert_sums(got[2], want[2], size[2].abs() + terms * scale, f"grad_zp, clip={clip}")
+        scale_terms, zp_terms = lsq_terms(grad, *args)
+        assert_sums(got[1], want[1], scale_terms, f"grad_scale, clip={clip}")
+        assert_sums(got[2], want[2], zp_terms, f"grad_zp, clip={clip}")
         for one, two in zip(got, again, strict=True):
             assert_same(one, two, "run to run")
 
@@ -127,7 +148,7 @@ def check_quant_range(
     runner: Runner, case: Case, dtype: torch.dtype, method: str, bits_range: tuple
 ) -> None:
     bits, symmetric, narrow = bits_range
-    x = case.tensor(dtype).to(runner.device)
+    x = case.tensor(dtype, device=runner.device)
     qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
     percentile = 97.3 if method == "percentile" else 99.0
     args = (x, qmin, qmax, case.axis, case.group_size, symmetric, method, percentile)
@@ -207,7 +228,7 @@ def test_qparams(runner: Runner, dtype: torch.dtype) -> None:
 @case_of
 @dtype_of
 def test_fake_quant_dynamic(runner: Runner, case: Case, dtype: torch.dtype) -> None:
-    x = case.tensor(dtype).to(runner.device)
+    x = case.tensor(dtype, device=runner.device)
     for bits, symmetric, narrow in ranges_for(runner):
         qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
         for method in ("minmax", "percentile"):
@@ -233,7 +254,7 @@ def test_fake_quant_dynamic(runner: Runner, case: Case, dtype: torch.dtype) -> N
 @row_of("fake_quant_dynamic", large=True)
 @large_case
 def test_fake_quant_dynamic_large(runner: Runner, case: Case) -> None:
-    x = case.tensor(torch.float32).to(runner.device)
+    x = case.tensor(torch.float32, device=runner.device)
     args = (x, 0, 15, case.axis, case.group_size, False, "minmax", 99.0, "value", True)
     want = reference("fake_quant_dynamic", *args)
     with fenced():
@@ -246,7 +267,7 @@ def test_fake_quant_dynamic_large(runner: Runner, case: Case) -> None:
 @case_of
 @dtype_of
 def test_quantize(runner: Runner, case: Case, dtype: torch.dtype) -> None:
-    x = case.tensor(dtype).to(runner.device)
+    x = case.tensor(dtype, device=runner.device)
     for bits, symmetric, narrow in ranges_for(runner):
         qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
         scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))
@@ -262,7 +283,7 @@ def test_quantize(runner: Runner, case: Case, dtype: torch.dtype) -> None:
 @case_of
 @dtype_of
 def test_dequantize(runner: Runner, case: Case, dtype: torch.dtype) -> None:
-    x = case.tensor(dtype).to(runner.device)
+    x = case.tensor(dtype, device=runner.device)
     for bits, symmetric, narrow in ranges_for(runner):
         qmin, qmax = numeric.code_range("test", bits, symmetric, narrow)
         scale, zp = (p.to(runner.device) for p in params_for(x, case, qmin, qmax))

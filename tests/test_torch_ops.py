@@ -14,28 +14,47 @@ from qkernels import numeric
 
 
 def samples() -> list[tuple[str, tuple]]:
+    """(op, arguments); every one owns its tensors where it asks for gradients."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return seeded_samples()
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_()
+
+
+def seeded_samples() -> list[tuple[str, tuple]]:
     x = torch.randn(6, 8, 5, 3)
     last = torch.randn(2, 6, 5, 3).to(memory_format=torch.channels_last)
     s, zp = torch.rand(6) + 0.2, torch.randint(0, 15, (6,), dtype=torch.int32)
     grad = torch.randn_like(last)
     mask = torch.randint(0, 256, (numeric.mask_bytes(last.numel()),), dtype=torch.uint8)
     order = numeric.memory_order(last)
+    groups = torch.rand(30) + 0.1
     q = (s, zp, 0, 15)
-    learned = (s.clone().requires_grad_(), zp.float().requires_grad_(), 0, 15)
+
+    def learned() -> tuple:
+        return leaf(s), leaf(zp.float()), 0, 15
+
     return [
         ("fake_quant", (x, *q, 0, None, "code", True)),
-        ("fake_quant", (last.clone().requires_grad_(), *q, 1, None, "code", True)),
-        ("fake_quant", (last.clone().requires_grad_(), *learned, 1, None, "value", False)),
-        ("fake_quant", (x.half(), torch.rand(30) + 0.1, None, -8, 7, None, 24, "code", True)),
+        ("fake_quant", (leaf(last), *q, 1, None, "code", True)),
+        ("fake_quant", (leaf(last), *learned(), 1, None, "value", False)),
+        ("fake_quant", (x.half(), groups, None, -8, 7, None, 24, "code", True)),
+        ("fake_quant", (leaf(x), leaf(groups), None, -8, 7, None, 24, "code", False)),
+        ("fake_quant", (leaf(x.half()), leaf(groups), None, -8, 7, None, 24, "value", False)),
+        ("fake_quant", (leaf(torch.empty(0, 6)), *learned(), 1, None, "code", False)),
         ("fake_quant_bwd", (grad, mask, order)),
-        ("fake_quant_bwd", (x.requires_grad_(), torch.zeros(90, dtype=torch.uint8), [])),
+        ("fake_quant_bwd", (leaf(x), torch.zeros(90, dtype=torch.uint8), [])),
         ("lsq_bwd", (grad, last, *q, 1, None, "code", 0.5)),
+        ("lsq_bwd", (torch.randn_like(x), x, groups, None, -8, 7, None, 24, "value", 1.0)),
         ("quant_range", (last, 0, 15, 1, None, False, "minmax", 99.0)),
         ("quant_range", (last, -8, 7, None, None, True, "percentile", 99.0)),
         ("qparams", (torch.randn(2, 5), 0, 15, False)),
         (
             "fake_quant_dynamic",
-            (last.clone().requires_grad_(), 0, 15, 1, None, False, "minmax", 99.0, "code", True),
+            (leaf(last), 0, 15, 1, None, False, "minmax", 99.0, "code", True),
         ),
         ("quantize", (last, *q, 1, None, 0)),
         ("quantize", (last, *q, 1, None, 4)),
@@ -98,6 +117,26 @@ def test_compile_with_changing_shapes() -> None:
     for n in (7, 12, 100):
         x = torch.randn(n, 5)
         assert_same(fn(x), qkernels.fake_quant(x, bits=4))
+
+
+@pytest.mark.parametrize("axis", (None, 1))
+def test_compile_a_learned_scale_with_changing_shapes(axis: int | None) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    scale, zp = (
+        (torch.rand(6) + 0.2, torch.rand(6) * 9) if axis else (torch.rand(()), torch.ones(()))
+    )
+
+    def fn(x: Tensor, scale: Tensor, zp: Tensor) -> Tensor:
+        return qkernels.fake_quant(x * 2, scale, zp, bits=4, axis=axis)
+
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (7, 12, 100):
+        x = torch.randn(n, 6, 5)
+        want = run(fn, x, scale, zp)
+        assert len(want) == 4
+        for got, expected in zip(run(compiled, x, scale, zp), want, strict=True):
+            assert_same(got, expected)
 
 
 class Model(torch.nn.Module):

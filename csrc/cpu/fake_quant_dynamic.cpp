@@ -1,9 +1,26 @@
+#include <type_traits>
+
 #include "cpu/fake_quant.h"
 #include "cpu/isa.h"
 #include "cpu/quant_range.h"
 #include "dispatch.h"
 
 namespace qk::cpu::QK_ISA {
+
+// Least and greatest of n elements that lie side by side.
+template <class T, class C>
+Range<C> row_range(const T* x, int64_t n) {
+  constexpr int64_t kStep = std::is_same<T, C>::value ? INT64_MAX : Units::kElements;
+  C buffer[Units::kElements];
+  Range<C> r = {C(INFINITY), -C(INFINITY)};
+  for (int64_t b = 0; b < n;) {
+    const int64_t m = n - b < kStep ? n - b : kStep;
+    const Range<C> s = minmax(load(x + b, buffer, m), m);
+    r = {qk_min(r.lo, s.lo), qk_max(r.hi, s.hi)};
+    b += m;
+  }
+  return r;
+}
 
 // Channels that lie in one piece: each is read once from memory for its range, and found in the
 // cache when it is quantized. A group of channels ends on a whole byte of the mask.
@@ -18,13 +35,7 @@ void dynamic_rows(const FakeQuantDynamicParams& p, int threads) {
   parallel_for(groups, threads, [&](int64_t g) {
     const int64_t end = (g + 1) * group < layout.channels ? (g + 1) * group : layout.channels;
     for (int64_t c = g * group; c < end; ++c) {
-      Range<C> r = {C(INFINITY), -C(INFINITY)};
-      for (int64_t b = 0; b < layout.inner; b += kBlock) {
-        C buffer[kBlock];
-        const int64_t n = layout.inner - b < kBlock ? layout.inner - b : kBlock;
-        const Range<C> s = minmax(load(x + c * layout.inner + b, buffer, n), n);
-        r = {qk_min(r.lo, s.lo), qk_max(r.hi, s.hi)};
-      }
+      const Range<C> r = row_range<T, C>(x + c * layout.inner, layout.inner);
       const C qmin = C(p.range.qmin), qmax = C(p.range.qmax);
       const QParams<C> q = range_to_qparams(r, qmin, qmax, p.range.symmetric);
       static_cast<C*>(p.range.scale)[c] = q.scale;

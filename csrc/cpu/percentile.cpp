@@ -52,9 +52,13 @@ struct ChannelKeys {
     });
   }
 
+  static int digit_after(int above) { return kWidth - above < kDigit ? kWidth - above : kDigit; }
+
   // Counts of the digit that follows the top `above` bits, among keys that begin with prefix.
   void histogram(Key prefix, int above, int64_t* counts) {
-    const int shift = kWidth - above - kDigit;
+    const int digit = digit_after(above);
+    const int shift = kWidth - above - digit;
+    const Key low = (Key(1) << digit) - 1;
     memset(counts, 0, sizeof(int64_t) * kBins);
     each_unit(above == 0, [&](const Key* keys, int64_t m) {
       uint16_t even[kBins] = {}, odd[kBins] = {};  // a unit has too few keys to overflow
@@ -68,7 +72,7 @@ struct ChannelKeys {
         if (j < m) ++even[keys[j] >> shift];
       } else {
         for (int64_t j = 0; j < m; ++j)
-          if (keys[j] >> (kWidth - above) == prefix) ++even[(keys[j] >> shift) & (kBins - 1)];
+          if (keys[j] >> (kWidth - above) == prefix) ++even[(keys[j] >> shift) & low];
       }
       add_counts(even, odd, counts, threads > 1);
     });
@@ -116,10 +120,11 @@ Bin<Key> narrow(ChannelKeys<T, C>& keys, const int64_t* leading, int64_t rank) {
   bin.prefix = Key(find_bin(leading, kBins, bin.rank));
   bin.size = leading[bin.prefix];
   Buffer<int64_t> counts(kBins);
-  while (bin.size > few && bin.above + kDigit <= keys.kWidth) {
+  while (bin.size > few && bin.above < keys.kWidth) {
+    const int digit = keys.digit_after(bin.above);
     keys.histogram(bin.prefix, bin.above, counts.data);
-    const int64_t b = find_bin(counts.data, kBins, bin.rank);
-    bin = {Key((bin.prefix << kDigit) | Key(b)), bin.above + kDigit, counts[b], bin.rank};
+    const int64_t b = find_bin(counts.data, int64_t(1) << digit, bin.rank);
+    bin = {Key((bin.prefix << digit) | Key(b)), bin.above + digit, counts[b], bin.rank};
   }
   return bin;
 }
@@ -129,6 +134,13 @@ template <class T, class C>
 C order_statistic(ChannelKeys<T, C>& keys, const int64_t* leading, int64_t k, double w) {
   using Key = typename KeyOf<C>::Key;
   const Bin<Key> bin = narrow(keys, leading, k);
+  const auto next_bin = [&](Key low) {  // the next element is the least of a later bin
+    return interpolate(from_key<C>(low), order_statistic(keys, leading, k + 1, 0.0), C(w));
+  };
+  if (bin.above == keys.kWidth) {  // one value, many times
+    if (w == 0 || bin.rank + 1 < bin.size) return from_key<C>(bin.prefix);
+    return next_bin(bin.prefix);
+  }
   Buffer<Key> set(bin.size), scratch(bin.size);
   keys.collect(bin.prefix, bin.above, set.data);
   memcpy(scratch.data, set.data, sizeof(Key) * size_t(bin.size));
@@ -140,11 +152,10 @@ C order_statistic(ChannelKeys<T, C>& keys, const int64_t* leading, int64_t k, do
     not_above += set[i] <= low;
     next = set[i] > low && set[i] < next ? set[i] : next;
   }
-  if (not_above > bin.rank + 1) {
+  if (not_above > bin.rank + 1)
     next = low;
-  } else if (not_above == bin.size) {  // the next element is the least of a later bin
-    return interpolate(from_key<C>(low), order_statistic(keys, leading, k + 1, 0.0), C(w));
-  }
+  else if (not_above == bin.size)
+    return next_bin(low);
   return interpolate(from_key<C>(low), from_key<C>(next), C(w));
 }
 

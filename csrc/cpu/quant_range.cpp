@@ -1,5 +1,7 @@
 #include "cpu/quant_range.h"
 
+#include <cstring>
+
 #include "cpu/channels.h"
 #include "cpu/isa.h"
 #include "dispatch.h"
@@ -16,7 +18,8 @@ void mean_abs_channels(const T* x, const Layout& layout, int threads, double* ou
     const Unit unit = units[u];
     const C* row = gather(x, unit, units.stride(), buffer);
     const int64_t n = unit.rows * unit.length;
-    partial[units.slot(u)] = lane_sum<C>(n, [row](int64_t i) { return qk_abs(row[i]); });
+    partial[units.slot(u)] =
+        lane_sum<double>(n, [row](int64_t i) { return double(qk_abs(row[i])); });
   });
   const int64_t elements = layout.outer * layout.inner;
   for (int64_t c = 0; c < layout.channels; ++c) {
@@ -26,52 +29,76 @@ void mean_abs_channels(const T* x, const Layout& layout, int threads, double* ou
   }
 }
 
-// Squared errors of all candidates over n elements, added to error[kMseCandidates]; a block of x
-// stays in the first-level cache while all candidates pass over it.
+// The candidates of one channel. Errors are measured in steps of the min-max scale, so that their
+// squares stay far from the ends of the range of C.
 template <class C>
-void mse_row(const C* x, int64_t n, const Channel<C>* candidates, double* error) {
-  for (int64_t b = 0; b < n; b += kSumBlock) {
-    const C* block = x + b;
+struct Candidates {
+  Candidates(Range<C> range, const QuantRangeParams& p) {
     for (int k = 0; k < kMseCandidates; ++k) {
-      const Channel<C> c = candidates[k];
-      error[k] += lane_sum<C>(n - b < kSumBlock ? n - b : kSumBlock, [block, c](int64_t i) {
-        const C e = dequantize_value(quantize_value<false>(block[i], c).q, c) - block[i];
-        return e * e;
-      });
+      const QParams<C> q =
+          range_to_qparams(mse_candidate(range, k), C(p.qmin), C(p.qmax), p.symmetric);
+      channel[k] = make_channel(q.scale, C(q.zero_point), C(p.qmin), C(p.qmax));
+    }
+    unit = channel[0].inv;
+  }
+
+  // Squared errors over n elements, added to error[kMseCandidates]; a block of x stays in the
+  // first-level cache while all candidates pass over it.
+  void add_errors(const C* x, int64_t n, double* error) const {
+    for (int64_t b = 0; b < n; b += kSumBlock) {
+      const C* block = x + b;
+      const C per_step = unit;
+      for (int k = 0; k < kMseCandidates; ++k) {
+        const Channel<C> c = channel[k];
+        error[k] += lane_sum<C>(n - b < kSumBlock ? n - b : kSumBlock, [=](int64_t i) {
+          const C y = dequantize_value(quantize_value<false>(block[i], c).q, c);
+          const C e = (y - block[i]) * per_step;
+          return e * e;
+        });
+      }
     }
   }
+
+  Channel<C> channel[kMseCandidates];
+  C unit;
+};
+
+// The first of the least; of NaN and infinities, the first.
+inline int best_candidate(const double* error) {
+  double least = INFINITY;
+  int best = 0;
+  for (int k = 0; k < kMseCandidates; ++k) {
+    best = error[k] < least ? k : best;
+    least = error[k] < least ? error[k] : least;
+  }
+  return best;
 }
 
 template <class T, class C>
 void mse_channels(const QuantRangeParams& p, int threads, Range<C>* ranges) {
   const Units units(p.layout);
   const int64_t per_channel = units.per_channel();
-  Buffer<Channel<C>> candidates(p.layout.channels * kMseCandidates);
-  parallel_for(p.layout.channels * kMseCandidates, threads, [&](int64_t i) {
-    const Range<C> r = mse_candidate(ranges[i / kMseCandidates], int(i % kMseCandidates));
-    const QParams<C> q = range_to_qparams(r, C(p.qmin), C(p.qmax), p.symmetric);
-    candidates[i] = make_channel(q.scale, C(q.zero_point), C(p.qmin), C(p.qmax));
-  });
-  Buffer<double> errors(units.count() * kMseCandidates);
+  // a channel in one unit is decided there and then; longer ones wait for the sums of all units
+  Buffer<double> errors(per_channel > 1 ? units.count() * kMseCandidates : 0);
   parallel_for(units.count(), threads, [&](int64_t u) {
     C buffer[Units::kElements];
+    double local[kMseCandidates] = {};
     const Unit unit = units[u];
     const C* row = gather(static_cast<const T*>(p.x), unit, units.stride(), buffer);
-    double* error = errors.data + units.slot(u) * kMseCandidates;
-    for (int k = 0; k < kMseCandidates; ++k) error[k] = 0;
-    mse_row(row, unit.rows * unit.length, candidates.data + unit.channel * kMseCandidates, error);
-  });
-  for (int64_t c = 0; c < p.layout.channels; ++c) {
-    double least = INFINITY;
-    int best = 0;
-    for (int k = 0; k < kMseCandidates; ++k) {
-      double error = 0;
-      for (int64_t i = 0; i < per_channel; ++i)
-        error += errors[(c * per_channel + i) * kMseCandidates + k];
-      best = error < least ? k : best;
-      least = error < least ? error : least;
+    const Candidates<C> candidates(ranges[unit.channel], p);
+    candidates.add_errors(row, unit.rows * unit.length, local);
+    if (per_channel == 1) {
+      ranges[unit.channel] = mse_candidate(ranges[unit.channel], best_candidate(local));
+    } else {
+      memcpy(errors.data + units.slot(u) * kMseCandidates, local, sizeof(local));
     }
-    ranges[c] = mse_candidate(ranges[c], best);
+  });
+  for (int64_t c = 0; per_channel > 1 && c < p.layout.channels; ++c) {
+    double sum[kMseCandidates] = {};
+    for (int64_t i = 0; i < per_channel; ++i)
+      for (int k = 0; k < kMseCandidates; ++k)
+        sum[k] += errors[(c * per_channel + i) * kMseCandidates + k];
+    ranges[c] = mse_candidate(ranges[c], best_candidate(sum));
   }
 }
 

@@ -12,16 +12,21 @@ struct Channel {
   C inv, scale, lo, hi;
 };
 
-// A scale that is not positive, finite and normal, or a zero point that is not finite, makes inv
-// and scale NaN, and with them every value of the channel.
+// Up to here code - zero_point is exact in float for every code; numeric.LARGEST_ZERO_POINT in
+// Python.
+constexpr int32_t kLargestZeroPoint = 1 << 23;
+
+// A scale that is not positive, finite and normal, or a zero point that is not finite or too large,
+// makes inv and scale NaN, and with them every value of the channel.
 template <class C>
 QK_HD bool channel_valid(C scale, C zero_point) {
-  return scale >= Limits<C>::smallest && scale <= Limits<C>::largest && qk_finite(zero_point);
+  return scale >= Limits<C>::smallest && scale <= Limits<C>::largest &&
+         qk_abs(zero_point) <= C(kLargestZeroPoint);
 }
 
 template <class C>
 QK_HD Channel<C> make_channel(C scale, C zero_point, C qmin, C qmax) {
-  const C zp = qk_rint(zero_point);
+  const C zp = qk_abs(zero_point) <= C(kLargestZeroPoint) ? qk_rint(zero_point) : qk_nan<C>();
   const C s = channel_valid(scale, zero_point) ? scale : qk_nan<C>();
   return {C(1) / s, s, qmin - zp, qmax - zp};
 }

@@ -78,11 +78,6 @@ QK_HD C qk_max(C a, C b) {
 }
 
 template <class C>
-QK_HD bool qk_finite(C v) {
-  return v - v == C(0);
-}
-
-template <class C>
 QK_HD C qk_nan() {
   return C(NAN);
 }

@@ -13,7 +13,7 @@ QK_HD int32_t code_value(C x, const Channel<C>& c, int32_t qmin) {
   const Quantized<C> v = quantize_value<false>(x, c);
   const C q = v.q == v.q ? v.q : qk_clamp(C(0), c.lo, c.hi);
   const C from_qmin = q - c.lo;
-  // without a finite zero point: 0, or the nearest code to it (unsigned narrow_range starts at 1)
+  // without a valid zero point: 0, or the nearest code to it (unsigned narrow_range starts at 1)
   const C zero = C(qmin > 0 ? 0 : -qmin);
   return int32_t(from_qmin == from_qmin ? from_qmin : zero) + qmin;
 }

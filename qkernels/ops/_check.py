@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -22,6 +23,8 @@ def check_tensor(op: str, name: str, x: Any) -> None:
         raise TypeError(
             f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {x.layout}")
 
 
 def normal_axis(op: str, x: Tensor, axis: Any, group_size: Any) -> int | None:
@@ -123,6 +126,8 @@ def as_zero_point(op: str, x: Tensor, zero_point: Any) -> Tensor | None:
             raise TypeError(
                 f"{op}: zero_point must be an integer, {compute} or a narrower float, got {dtype}"
             )
+        if dtype is torch.int64:  # through a float: what is out of range must not wrap around
+            return zero_point.to(compute)
         return zero_point.to(compute if dtype.is_floating_point else torch.int32)
     if isinstance(zero_point, (int, float)) and not isinstance(zero_point, bool):
         return torch.full((), float(zero_point), dtype=compute, device=x.device)
@@ -146,11 +151,15 @@ def check_values(op: str, scale: Tensor, zero_point: Tensor | None) -> None:
             f"{op}: scale must be positive, finite and at least "
             f"{numeric.smallest_scale(scale.dtype):.3g}, got {value} at channel {channel}"
         )
-    if zero_point is not None and not bool(zero_point.isfinite().all()):
-        channel = int((~zero_point.isfinite()).reshape(-1).nonzero()[0])
+    if zero_point is None:
+        return
+    far = ~(zero_point.abs() <= numeric.LARGEST_ZERO_POINT)
+    if far.any():
+        channel = int(far.reshape(-1).nonzero()[0])
+        value = float(zero_point.reshape(-1)[channel])
         raise ValueError(
-            f"{op}: zero_point must be finite, got "
-            f"{float(zero_point.reshape(-1)[channel])} at channel {channel}"
+            f"{op}: zero_point must be finite and at most {numeric.LARGEST_ZERO_POINT} in size, "
+            f"got {value} at channel {channel}"
         )
 
 
@@ -174,6 +183,14 @@ def as_percentile(op: str, method: str, percentile: Any) -> float:
         raise TypeError(f"{op}: percentile must be a number in (50, 100], got {percentile!r}")
     check_percentile(op, float(percentile))
     return float(percentile)
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """value must be a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number or None, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def check_percentile(op: str, percentile: float) -> None:

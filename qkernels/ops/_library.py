@@ -43,13 +43,17 @@ def define(op: str, schema: str, check: Callable[..., None], fake: Callable[...,
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a call on x must go through torch's dispatcher: it is compiled, exported, watched by
-    a dispatch mode, or x is no plain tensor with memory."""
+    """Whether a call on x must go through torch's dispatcher: it is compiled, exported, traced,
+    transformed or watched by a dispatch mode, or x has no memory that holds its values."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
         or x.is_meta
+        or x.is_neg()
+        or x._is_zerotensor()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

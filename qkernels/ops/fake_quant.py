@@ -58,10 +58,12 @@ define(
 )
 
 
-def save(ctx: Any, args: tuple[Any, ...], y: Tensor, mask: Tensor, backend: str) -> None:
-    """Keep for the backward the mask, or, without one, what the LSQ gradient reads."""
+def save(
+    ctx: Any, args: tuple[Any, ...], learned: bool, y: Tensor, mask: Tensor, backend: str
+) -> None:
+    """Keep for the backward the mask, or what the LSQ gradient reads."""
     ctx.backend = backend
-    ctx.learned = mask.numel() == 0 and y.numel() > 0
+    ctx.learned = learned
     if ctx.learned:
         ctx.save_for_backward(*args[:3])  # x, scale, zero point
         ctx.rest = args[3:]
@@ -79,7 +81,9 @@ def grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, zero_point = ctx.saved_tensors
     args = (grad, x, scale, zero_point, *ctx.rest, ctx.grad_scale)
     gx, gs, gz = lsq_backward(*args, backend=ctx.backend)
-    return gx, gs, gz if zero_point is not None and zero_point.is_floating_point() else None
+    if zero_point is None or not zero_point.is_floating_point():
+        return gx, gs, None
+    return gx, gs, gz.reshape(zero_point.shape)
 
 
 class FakeQuant(torch.autograd.Function):
@@ -91,7 +95,7 @@ class FakeQuant(torch.autograd.Function):
     ) -> Tensor:
         args, learned, ctx.grad_scale, backend = rest
         y, mask = _registry.run("fake_quant", backend, *args, not learned)
-        save(ctx, args, y, mask, backend)
+        save(ctx, args, learned, y, mask, backend)
         return y
 
     @staticmethod
@@ -104,7 +108,9 @@ def _setup_context(
 ) -> None:
     ctx.grad_scale = keyword_only_inputs["grad_scale"]
     y, mask = output
-    save(ctx, inputs[:8], y, mask, keyword_only_inputs["backend"])
+    # without a mask there is nothing else to go by, and with a learned scale it is not enough
+    learned = not inputs[8] or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    save(ctx, inputs[:8], learned, y, mask, keyword_only_inputs["backend"])
 
 
 def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,9 +161,11 @@ def fake_quant(
         axis: dimension of x that holds the channels; None: one scale for the tensor.
         group_size: one scale per run of group_size elements in row-major order; must divide the
             elements of one x[0]. Not together with axis.
-        symmetric: signed codes, and for scale=None a range symmetric about 0.
+        symmetric: signed codes, and for scale=None a range symmetric about 0 (at bits=1 the codes
+            are -1 and 0, and a min-max range of twice max|x| rounds all of x to 0: give a scale).
         narrow_range: leave out the lowest code.
-        method: for scale=None: "minmax", "percentile", "mse" or "lsq"; see `quant_range`.
+        method: for scale=None (else not used): "minmax", "percentile", "mse" or "lsq"; see
+            `quant_range`.
         percentile: for method="percentile": in (50, 100], default 99.
         clip: "code": an element is clipped iff its rounded code is out of range (as torch);
             "value": iff x / scale + zero_point is (LSQ paper). Both gradients follow it.
@@ -197,7 +205,9 @@ def fake_quant(
     needs_grad = torch.is_grad_enabled() and (learned or x.requires_grad)
     if not needs_grad:
         return call("fake_quant", row, *args, False)[0]
-    if grad_scale is None:
+    if grad_scale is not None:
+        _check.check_number("fake_quant", "grad_scale", grad_scale)
+    else:
         grad_scale = lsq_grad_scale(x, qmax, axis, group_size) if learned else 1.0
     if not traced(x):
         # the rest of check_fake_quant was asked above

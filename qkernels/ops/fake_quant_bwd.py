@@ -21,6 +21,10 @@ def check_fake_quant_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> None:
             f"fake_quant_bwd: mask must be {size} bytes of uint8 on {grad.device}, got "
             f"{mask.numel()} of {mask.dtype} on {mask.device}"
         )
+    if not mask.is_contiguous():
+        raise ValueError(
+            f"fake_quant_bwd: mask must be contiguous, got strides {tuple(mask.stride())}"
+        )
     if order and sorted(order) != list(range(grad.dim())):
         raise ValueError(
             f"fake_quant_bwd: order must be [] or a permutation of 0..{grad.dim() - 1}, got {order}"
@@ -58,6 +62,7 @@ class MaskGrad(torch.autograd.Function):
 
 def mask_backward(grad: Tensor, mask: Tensor, order: list[int], backend: str) -> Tensor:
     """grad * mask; keeps the graph only if the backward itself is differentiated."""
+    mask = mask.contiguous()  # hooks on saved tensors may give back a view
     if torch.is_grad_enabled() and grad.requires_grad and not traced(grad):
         return MaskGrad.apply(grad, mask, order, backend)
     return call("fake_quant_bwd", backend, grad, mask, order)

@@ -12,11 +12,6 @@ from qkernels.ops._library import call, define
 PACKABLE = (1, 2, 4)
 
 
-def packed_shape(shape: torch.Size, pack: int) -> list[int]:
-    """Shape of the bytes that hold codes of this shape."""
-    return [*shape[:-1], (shape[-1] * pack + 7) // 8]
-
-
 def check_quantize(
     x: Tensor,
     scale: Tensor,
@@ -53,7 +48,7 @@ def _fake_quantize(
     pack: int,
 ) -> Tensor:
     if pack:
-        return x.new_empty(packed_shape(x.shape, pack), dtype=torch.uint8)
+        return x.new_empty(numeric.packed_shape(x.shape, pack), dtype=torch.uint8)
     return torch.empty_like(x, dtype=numeric.code_dtype(qmin, qmax))
 
 
@@ -80,7 +75,7 @@ def check_dequantize(
     if pack:
         if codes.dtype is not torch.uint8:
             raise TypeError(f"dequantize: packed codes must be uint8, got {codes.dtype}")
-        if (size * pack + 7) // 8 != shape[-1]:
+        if numeric.packed_shape(torch.Size((size,)), pack) != [shape[-1]]:
             low, high = (shape[-1] - 1) * 8 // pack + 1, shape[-1] * 8 // pack
             raise ValueError(f"dequantize: size must be in {low}..{high}, got {size}")
         shape = torch.Size((*shape[:-1], size))
@@ -121,6 +116,11 @@ define(
 )
 
 
+def detached(zero_point: Tensor | None) -> Tensor | None:
+    """Codes carry no gradient, whatever mode the call is in."""
+    return None if zero_point is None else zero_point.detach()
+
+
 def quantize(
     x: Tensor,
     scale: Tensor | float,
@@ -155,7 +155,7 @@ def quantize(
     axis = _check.normal_axis("quantize", x, axis, group_size)
     row = _registry.check_backend(backend, "quantize: backend")
     scale = _check.as_scale("quantize", x, scale).detach()
-    zero_point = _check.as_zero_point("quantize", x, zero_point)
+    zero_point = detached(_check.as_zero_point("quantize", x, zero_point))
     pack = bits if packed else 0
     args = (x.detach(), scale, zero_point, qmin, qmax, axis, group_size, pack)
     return call("quantize", row, *args)
@@ -176,6 +176,8 @@ def dequantize(
     backend: str | None = None,
 ) -> Tensor:
     """y = (code - zero_point) * scale, the inverse of `quantize`: equal to `fake_quant` to the bit.
+
+    No gradient.
 
     Args:
         codes: what `quantize` returned for the same bits, symmetric and packed.
@@ -204,11 +206,13 @@ def dequantize(
         )
     like = torch.empty((), dtype=dtype, device=codes.device)
     scale = _check.as_scale("dequantize", like, scale).detach()
-    zero_point = _check.as_zero_point("dequantize", like, zero_point)
+    zero_point = detached(_check.as_zero_point("dequantize", like, zero_point))
     pack = bits if packed else 0
     if pack and size is None and codes.dim():
         size = codes.shape[-1] * 8 // bits
     if size is not None and type(size) is not int:
         raise TypeError(f"dequantize: size must be an int or None, got {size!r}")
+    if size is not None and size < 0:
+        raise ValueError(f"dequantize: size must be at least 0, got {size}")
     args = (codes, scale, zero_point, qmin, axis, group_size, pack, size or 0, dtype)
     return call("dequantize", row, *args)

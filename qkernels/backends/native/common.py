@@ -49,8 +49,8 @@ def params_like(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Te
     return scale, torch.empty(shape, dtype=torch.int32, device=x.device)
 
 
-def like_in_order(x: Tensor, dense: Tensor, out: Tensor) -> Tensor:
-    """out, or a copy with the strides that x asks for if `dense` had to change them (groups)."""
-    if dense is x or dense.stride() == torch.empty_like(x).stride():
+def with_strides_of(x: Tensor, out: Tensor, group_size: int | None) -> Tensor:
+    """out, or, where groups made a row-major copy of x, a copy with the strides that x asks for."""
+    if group_size is None or x.is_contiguous():
         return out
     return torch.empty_like(x, dtype=out.dtype).copy_(out)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import flat_params, like_in_order
+from qkernels.backends.native.common import flat_params, with_strides_of
 from qkernels.ops._check import check_values
 
 
@@ -25,7 +25,7 @@ def fake_quant(
     """-> (y, mask bytes; empty unless asked for)."""
     dense, _, layout = numeric.plan(x, axis, group_size)
     y = torch.empty_like(dense)
-    bits = x.new_empty((x.numel() + 7) // 8 if mask else 0, dtype=torch.uint8)
+    bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
     lib, device, handle = _native.target(x)
     s, zp, zp_is_int = flat_params(scale, zero_point)
     bad = lib.fake_quant(
@@ -45,7 +45,7 @@ def fake_quant(
     )
     if bad >= 0 or device >= 0:
         check_values("fake_quant", scale, zero_point)
-    return y if dense is x else like_in_order(x, dense, y), bits
+    return with_strides_of(x, y, group_size), bits
 
 
 def fake_quant_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
 from qkernels.backends.native.common import (
-    like_in_order,
     params_like,
     range_args,
     range_workspace,
+    with_strides_of,
 )
 
 
@@ -49,4 +49,4 @@ def fake_quant_dynamic(
         bits.data_ptr(),
         clip == "value",
     )
-    return y if dense is x else like_in_order(x, dense, y), scale, zp, bits
+    return with_strides_of(x, y, group_size), scale, zp, bits

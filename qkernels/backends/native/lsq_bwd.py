@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import flat_params, like_in_order
+from qkernels.backends.native.common import flat_params, with_strides_of
 from qkernels.ops._check import check_values
 
 
@@ -57,4 +57,4 @@ def lsq_bwd(
     )
     if bad >= 0 or device >= 0:
         check_values("lsq_bwd", scale, zero_point)
-    return like_in_order(x, dense, grad_x), grad_s, grad_zp
+    return with_strides_of(x, grad_x, group_size), grad_s, grad_zp

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import flat_params, like_in_order
+from qkernels.backends.native.common import flat_params, with_strides_of
 from qkernels.ops._check import check_values
 
 
@@ -27,8 +27,7 @@ def quantize(
     dense, _, layout = numeric.plan(source, axis, group_size)
     row_size = x.shape[-1] if pack else x.numel()
     if pack:
-        size = (row_size * pack + 7) // 8
-        codes = x.new_empty((*x.shape[:-1], size), dtype=torch.uint8)
+        codes = x.new_empty(numeric.packed_shape(x.shape, pack), dtype=torch.uint8)
     else:
         codes = torch.empty_like(dense, dtype=numeric.code_dtype(qmin, qmax))
     lib, device, handle = _native.target(x)
@@ -51,7 +50,7 @@ def quantize(
     )
     if bad >= 0 or device >= 0:
         check_values("quantize", scale, zero_point)
-    return codes if pack else like_in_order(source, dense, codes)
+    return codes if pack else with_strides_of(x, codes, group_size)
 
 
 def dequantize(
@@ -93,4 +92,4 @@ def dequantize(
     )
     if bad >= 0 or device >= 0:
         check_values("dequantize", scale, zero_point)
-    return y if pack else like_in_order(codes, dense, y)
+    return y if pack else with_strides_of(codes, y, group_size)

@@ -39,13 +39,19 @@ class Quantized(NamedTuple):
     zero_point: Tensor  # [channels, 1], rounded
 
 
+def valid_params(scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Where scale is positive, finite and normal, and the zero point small enough to be exact."""
+    positive = (scale >= numeric.smallest_scale(scale.dtype)) & scale.isfinite()
+    return positive & (zero_point.abs() <= numeric.LARGEST_ZERO_POINT)
+
+
 def quantized(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, clip: str
 ) -> Quantized:
     """The formula above for x as [outer, channels, inner]; shared by fake_quant, LSQ, quantize."""
     s = per_channel(scale, x.dtype)
     zp = torch.zeros_like(s) if zero_point is None else per_channel(zero_point, x.dtype).round()
-    valid = (s >= numeric.smallest_scale(x.dtype)) & s.isfinite() & zp.isfinite()
+    valid = valid_params(s, zp)
     s = torch.where(valid, s, torch.nan)
     lo, hi = qmin - zp, qmax - zp
     t = x * (1.0 / s)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qkernels import numeric
 from qkernels.backends.reference.common import from_channels, per_channel, to_channels
-from qkernels.backends.reference.fake_quant import quantized
+from qkernels.backends.reference.fake_quant import quantized, valid_params
 from qkernels.ops._check import check_values
 
 
@@ -31,7 +31,7 @@ def quantize(
     """-> codes in code_dtype(qmin, qmax) with x's strides, or packed bytes if pack is 1, 2 or 4."""
     check_values("quantize", scale, zero_point)
     v = quantized(to_channels(x, axis, group_size), scale, zero_point, qmin, qmax, "code")
-    zp = torch.where(v.zero_point.isfinite(), v.zero_point, 0.0)
+    zp = torch.where(v.zero_point.abs() <= numeric.LARGEST_ZERO_POINT, v.zero_point, 0.0)
     code = torch.where(v.q.isnan(), zp.clamp(qmin, qmax), v.q + zp)
     dtype = numeric.code_dtype(qmin, qmax)
     code = from_channels(code, torch.empty_like(x, dtype=dtype), group_size)
@@ -56,7 +56,7 @@ def dequantize(
     compute = numeric.compute_dtype(dtype)
     s = per_channel(scale, compute)
     zp = torch.zeros_like(s) if zero_point is None else per_channel(zero_point, compute).round()
-    valid = (s >= numeric.smallest_scale(compute)) & s.isfinite() & zp.isfinite()
+    valid = valid_params(s, zp)
     # to_channels would round large codes to the compute dtype, and so does every row: 16 bits fit
     q = to_channels(codes.to(compute), axis, group_size) - zp
     y = q * torch.where(valid, s, torch.nan)

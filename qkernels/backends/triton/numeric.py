@@ -13,6 +13,7 @@ from qkernels import numeric
 
 SMALLEST_32 = tl.constexpr(2.0**-126)
 SMALLEST_64 = tl.constexpr(2.0**-1022)
+LARGEST_ZP = tl.constexpr(float(numeric.LARGEST_ZERO_POINT))
 # from here on every value is an integer
 EXACT_32 = tl.constexpr(2.0**23)
 EXACT_64 = tl.constexpr(2.0**52)
@@ -110,20 +111,20 @@ def at_least_smallest(scale):
 
 @triton.jit
 def is_valid(scale, zero_point):
-    """The scale is positive, finite and normal, and the zero point finite."""
+    """The scale is positive, finite and normal, and the zero point small enough to be exact."""
     if scale.dtype == tl.float64:
         smallest: tl.constexpr = SMALLEST_64
     else:
         smallest: tl.constexpr = SMALLEST_32
     infinity = float("inf")
-    return (scale >= smallest) & (scale < infinity) & (tl.abs(zero_point) < infinity)
+    return (scale >= smallest) & (scale < infinity) & (tl.abs(zero_point) <= LARGEST_ZP)
 
 
 @triton.jit
 def make_channel(scale, zero_point, qmin, qmax):
     """-> (1 / scale, scale, lo, hi), the first two NaN if the channel is invalid; lo and hi bound
     code - zero_point."""
-    zp = rint(zero_point)
+    zp = tl.where(tl.abs(zero_point) <= LARGEST_ZP, rint(zero_point), float("nan"))
     s = tl.where(is_valid(scale, zero_point), scale, float("nan"))
     one = tl.full(s.shape, 1.0, s.dtype)
     return divide(one, s), s, qmin.to(s.dtype) - zp, qmax.to(s.dtype) - zp
