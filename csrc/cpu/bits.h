@@ -43,4 +43,31 @@ inline void pack_bits(const uint8_t* flags, uint8_t* mask, int64_t n) {
   }
 }
 
+// out = bit ? grad : 0 for the leading whole vectors of words of 2, 4 or 8 bytes; returns how many
+// words. Where the bits of a mask are a vector mask as they lie, the compiler does not see it.
+template <class Word>
+inline int64_t select_vectors(const Word* grad, const uint8_t* mask, Word* out, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  constexpr int64_t kWords = 64 / sizeof(Word);
+  for (; i + kWords <= n; i += kWords) {
+    const __m512i v = _mm512_loadu_si512(grad + i);
+    uint32_t bits = 0;
+    memcpy(&bits, mask + i / 8, kWords / 8);
+    __m512i kept;
+    if constexpr (sizeof(Word) == 2) {
+      kept = _mm512_maskz_mov_epi16(__mmask32(bits), v);
+    } else if constexpr (sizeof(Word) == 4) {
+      kept = _mm512_maskz_mov_epi32(__mmask16(bits), v);
+    } else {
+      kept = _mm512_maskz_mov_epi64(__mmask8(bits), v);
+    }
+    _mm512_storeu_si512(out + i, kept);
+  }
+#else
+  (void)grad, (void)mask, (void)out, (void)n;
+#endif
+  return i;
+}
+
 }  // namespace qk::cpu::QK_ISA

@@ -23,7 +23,7 @@ int64_t fake_quant(const FakeQuantParams& p, int threads) {
 template <class Word>
 void select(const Word* __restrict grad, const uint8_t* __restrict mask, Word* __restrict out,
             int64_t n) {
-  int64_t i = 0;
+  int64_t i = select_vectors(grad, mask, out, n);
   for (; i + 8 <= n; i += 8) {
     const Word bits = mask[i / 8];
     for (int j = 0; j < 8; ++j) out[i + j] = bits >> j & 1 ? grad[i + j] : Word(0);
