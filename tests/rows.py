@@ -18,7 +18,6 @@ from qkernels._table import ROWS, STEMS, Row
 HAS_GPU = torch.cuda.is_available()
 NO_GPU = "no GPU here"
 ON_GPU = "runs on the GPU itself"
-ran: set[tuple[str, str, str]] = set()  # (op, device, backend) of rows that a parity test ran
 
 
 class Runner(NamedTuple):
@@ -39,6 +38,9 @@ class Runner(NamedTuple):
     def slow(self) -> bool:
         """Interpreted and shimmed kernels take a millisecond and more for each block."""
         return bool(self.how)
+
+
+ran: set[Runner] = set()  # what the parity tests ran
 
 
 def why_not(runner: Runner) -> str | None:
@@ -98,7 +100,7 @@ def shimmed() -> Iterator[None]:
 
 def run(runner: Runner, *args: Any) -> Any:
     """Run the row; args[0] lies on runner.device."""
-    ran.add(runner.row[:3])
+    ran.add(runner)
     function = _registry.resolve(runner.row.target)
     if runner.how == "shim":
         with shimmed():
@@ -112,14 +114,20 @@ def reference(op: str, *args: Any) -> Any:
 
 
 def not_run() -> list[str]:
-    """The rows that no parity test ran, with the reason."""
+    """The rows that no parity test ran on their device, with the reason and what ran instead."""
+    instead = {
+        "native": "the same kernels ran on the CPU under the host shim",
+        "triton": "the same kernels ran in Triton's interpreter",
+    }
     lines = []
     for row in ROWS:
-        if row.backend == "reference" or row[:3] in ran:
+        ways = {r.how for r in ran if r.row == row}
+        if row.backend == "reference" or "" in ways or "interpreted" in ways:
             continue
-        reasons = [why_not(r) for r in runners(row.op) if r.row == row]
+        reasons = [why_not(r) for r in runners(row.op) if r.row == row and r.how != "shim"]
         why = "; ".join(dict.fromkeys(r for r in reasons if r)) or "not selected"
-        if row.backend == "triton" and row.device == "cuda" and why == NO_GPU:
-            why = f"{NO_GPU}; the same kernels ran interpreted and compiled ahead of time"
+        twin = {r.how for r in ran if r.row.op == row.op and r.row.backend == row.backend}
+        if why == NO_GPU and twin & {"shim", "interpreted"}:
+            why = f"{why}; {instead[row.backend]}"
         lines.append(f"{row.op} {row.device} {row.backend}: {why}")
     return lines

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from unittest import mock
+
 import pytest
 import torch
 from cases import DTYPE_IDS, DTYPES, special_values
@@ -11,6 +14,7 @@ from torch import Tensor
 
 import qkernels
 from qkernels import numeric
+from qkernels.backends.reference.common import unpack_bits
 
 BACKENDS = ("native", "reference")
 backend_of = pytest.mark.parametrize("backend", BACKENDS)
@@ -71,7 +75,7 @@ def test_values_by_hand(backend: str, axis: int | None) -> None:
     y = qkernels.fake_quant(x, scale, bits=3, symmetric=True, axis=axis, backend=backend)
     # half to even; both infinities and 1e30 to the near bound; NaN stays
     want = torch.tensor([[0.0, 2.0, 2.0, 0.0, 3.0, -4.0, 3.0, NAN, 3.0]])
-    assert_same(y.detach() + 0.0, want)
+    assert_same(y.detach(), want)
     y.backward(torch.full_like(x, 7.0))
     grad = torch.tensor([[7.0, 7.0, 7.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     assert_same(x.grad, grad)
@@ -96,16 +100,26 @@ def test_invalid_scale_raises_on_the_cpu(backend: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("runner", params("fake_quant"))
-def test_invalid_channel_is_nan_where_values_are_not_checked(runner: Runner) -> None:
-    if runner.how != "shim" and runner.device == "cpu":
-        pytest.skip("CPU calls raise instead: test_invalid_scale_raises_on_the_cpu")
-    scale = torch.tensor([1.0, 0.0, -1.0, INF, NAN], device=runner.device)
-    x = torch.arange(-3.0, 4.0, device=runner.device).repeat(5, 1)
-    try:
-        y, _ = run(runner, x, scale, None, -8, 7, 0, None, "code", True)
-    except ValueError:  # the shim works on CPU tensors, which are checked after the kernel
-        return
+@pytest.mark.parametrize("axis", (0, 1))
+@pytest.mark.parametrize("bad", ("scale", "zero_point"))
+def test_invalid_channel_is_nan_where_values_are_not_checked(
+    runner: Runner, axis: int, bad: str
+) -> None:
+    wrong = torch.tensor(
+        [1.0, 0.0, -1.0, INF, NAN, 1e-39] if bad == "scale" else [0, INF, NAN, -INF, 3e7]
+    )
+    wrong = wrong.to(runner.device)
+    scale, zp = (wrong, None) if bad == "scale" else (torch.ones_like(wrong), wrong)
+    x = torch.arange(-3.0, 4.0, device=runner.device).repeat(len(wrong), 1)
+    x = x if axis == 0 else x.t().contiguous()
+    module = importlib.import_module(runner.row.target.partition(":")[0])
+    # as on CUDA, where no call waits for the device to look at its values
+    with mock.patch.object(module, "check_values", lambda *_: None):
+        y, mask = run(runner, x, scale, zp, -8, 7, axis, None, "code", True)
+    y = y.movedim(axis, 0)
     assert not y[0].isnan().any() and y[1:].isnan().all()
+    bits = unpack_bits(mask, x.numel()).reshape(x.shape).movedim(axis, 0)
+    assert bits[0].all() and not bits[1:].any()
 
 
 def gradients(fn: object, *tensors: Tensor, grad: Tensor) -> list[Tensor]:
@@ -300,3 +314,74 @@ def test_parameters_that_are_views(runner: Runner) -> None:
     got = run(runner, x, scale, zp, *args)
     assert_same(got[0], want[0])
     assert_same(got[1], want[1])
+
+
+# odd parameters and odd tensors: each gave wrong values, or crashed
+
+
+@backend_of
+@pytest.mark.parametrize("shapes", (((), (1,)), ((1,), ())))
+def test_gradients_have_the_shapes_of_their_parameters(
+    backend: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    x = torch.linspace(-3, 9, 7, requires_grad=True)
+    scale, zp = (torch.ones(shape, requires_grad=True) for shape in shapes)
+    qkernels.fake_quant(x, scale, zp, bits=3, grad_scale=1.0, backend=backend).sum().backward()
+    assert scale.grad.shape == shapes[0] and zp.grad.shape == shapes[1]
+    # codes -2, 8 and 10 are clipped to 0, 7 and 7: steps -1, 6 and 6 from the zero point
+    assert scale.grad.item() == 11.0 and zp.grad.item() == -3.0
+
+
+@backend_of
+@pytest.mark.parametrize(("shape", "axis"), (((0,), None), ((0, 3), None), ((0, 3), 1)))
+def test_no_elements_give_a_learned_scale_the_gradient_zero(
+    backend: str, shape: tuple[int, ...], axis: int | None
+) -> None:
+    scale = torch.ones(() if axis is None else shape[axis])
+    got = gradients(
+        lambda *args: qkernels.fake_quant(*args, bits=4, axis=axis, backend=backend),
+        *(torch.empty(shape), scale, scale),
+        grad=torch.empty(shape),
+    )
+    for a, b in zip(got, (torch.empty(shape), scale * 0, scale * 0), strict=True):
+        assert_same(a, b)
+
+
+def imaginary(x: Tensor) -> Tensor:
+    """Equal to x, while torch keeps -x in memory and notes that the sign is to be turned."""
+    return torch.complex(x, -x).conj().imag
+
+
+@backend_of
+@pytest.mark.parametrize("numel", (1, 9))
+@pytest.mark.parametrize("turned", range(4), ids=("x", "scale", "zero_point", "grad"))
+@pytest.mark.parametrize("learned", (False, True))
+def test_negated_views(backend: str, numel: int, turned: int, learned: bool) -> None:
+    x, grad = torch.linspace(-2.3, 4.1, numel), torch.linspace(0.5, 1.5, numel)
+    plain = [x, torch.tensor([0.4]), torch.tensor([3.0]), grad]
+
+    def results(backend: str, *tensors: Tensor) -> list[Tensor]:
+        *leaves, grad = (t.detach() for t in tensors)
+        wanted = [t.requires_grad_() for t in (leaves if learned else leaves[:1])]
+        y = qkernels.fake_quant(*leaves, bits=3, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, wanted, grad)]
+
+    want = results("reference", *plain)
+    for turn in (imaginary, lambda t: torch._neg_view(-t)):
+        view = turn(plain[turned])
+        assert view.is_neg() and torch.equal(view, plain[turned])
+        got = results(backend, *plain[:turned], view, *plain[turned + 1 :])
+        for a, b in zip(got, want, strict=True):
+            assert_values(a.resolve_neg(), b)
+
+
+@backend_of
+def test_mask_that_is_a_view(backend: str) -> None:
+    grad = torch.randn(40)
+    stored = torch.arange(10, dtype=torch.uint8) * 23
+    for mask in (stored[::2], stored[:1].expand(5), stored[1:6]):
+        x = torch.zeros(40, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda _, m=mask: m):
+            y = qkernels.fake_quant(x, 1.0, bits=8, backend=backend)
+            (got,) = torch.autograd.grad(y, x, grad)
+        assert_same(got, torch.where(unpack_bits(mask.clone(), 40), grad, 0.0))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -177,6 +180,34 @@ def test_meta_and_fake_tensors() -> None:
         y = qkernels.fake_quant(x, bits=4, axis=1)
         y.sum().backward()
         assert y.stride() == x.stride() and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("fn", (dynamic, straight, learned))
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_keeps_the_op(fn: Callable[..., Tensor]) -> None:
+    torch.manual_seed(2)
+    first, other = (
+        [torch.randn(2, 6, 5), torch.rand(6) + 0.2, torch.rand(6) * 9] for _ in range(2)
+    )
+    assert_same(torch.jit.trace(fn, first)(*other), fn(*other))
+    # torch checks a trace without gradients, for which the ops are called differently
+    traced = torch.jit.trace(fn, [leaf(t) for t in first], check_trace=False)
+    for got, want in zip(run(traced, *other), run(fn, *other), strict=True):
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_tensor_without_memory(backend: str) -> None:
+    code = f"""
+import torch, qkernels
+x = torch._efficientzerotensor((3,))
+for scale in (0.1, torch.tensor(0.1, requires_grad=True)):
+    assert qkernels.fake_quant(x, scale, bits=8, backend={backend!r}).tolist() == [0.0] * 3
+"""
+    folder = tempfile.gettempdir()  # not here, where qkernels/ would hide an installed one
+    command = [sys.executable, "-c", code]  # on its own: it may crash
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("packed", (False, True))

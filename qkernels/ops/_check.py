@@ -101,7 +101,7 @@ def as_scale(op: str, x: Tensor, scale: Any) -> Tensor:
     compute = numeric.compute_dtype(x.dtype)
     if isinstance(scale, Tensor):
         if scale.dtype is compute:
-            return scale
+            return scale.resolve_neg()  # the kernels read memory, which a negated view shares
         if scale.dtype not in numeric.FLOAT_DTYPES or scale.dtype is torch.float64:
             raise TypeError(
                 f"{op}: scale must be {compute} or a narrower float for {x.dtype} x, "
@@ -121,7 +121,7 @@ def as_zero_point(op: str, x: Tensor, zero_point: Any) -> Tensor | None:
     if isinstance(zero_point, Tensor):
         dtype = zero_point.dtype
         if dtype is torch.int32 or dtype is compute:
-            return zero_point
+            return zero_point.resolve_neg()
         if dtype is torch.bool or dtype.is_complex or dtype is torch.float64:
             raise TypeError(
                 f"{op}: zero_point must be an integer, {compute} or a narrower float, got {dtype}"

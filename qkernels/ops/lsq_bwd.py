@@ -73,6 +73,7 @@ torch.library.register_autograd("qkernels::lsq_bwd", _refuse_second_order)
 
 def lsq_backward(grad: Tensor, *args: Any, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """lsq_bwd for a backward formula."""
+    args = (args[0].resolve_neg(), *args[1:])  # grad may be plain while x is a negated view
     if torch.is_grad_enabled() and not traced(grad):
         return LsqBackward.apply(backend, grad, *args)
     return call("lsq_bwd", backend, grad, *args)
