@@ -20,6 +20,12 @@ _checks: dict[str, Callable[..., None]] = {}
 _ops: dict[str, Any] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+# bound once: these are asked in every eager call
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
 
 def define(op: str, schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
     """Declare an op. `check` gets the schema's positional arguments and raises on bad ones; it runs
@@ -46,14 +52,14 @@ def traced(x: Tensor) -> bool:
     """Whether a call on x must go through torch's dispatcher: it is compiled, exported, traced,
     transformed or watched by a dispatch mode, or x has no memory that holds its values."""
     return (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or type(x) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _dispatch_modes() > 0
         or x.is_meta
         or x.is_neg()
         or x._is_zerotensor()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _tracing_state() is not None
+        or _functorch_level() is not None
     )
 
 

@@ -70,7 +70,8 @@ def save(
     else:
         ctx.save_for_backward(mask)
         # the mask is in memory order, which y shares with the dense form of x (groups: row-major)
-        ctx.order = [] if args[6] is not None else numeric.memory_order(y)
+        row_major = args[6] is not None or y.is_contiguous()
+        ctx.order = [] if row_major else numeric.memory_order(y)
 
 
 def grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
