@@ -30,7 +30,7 @@ def bench_percentile(benchmark: Any) -> None:
         bars=(Bar("two kthvalue", 10),),
         ideal_bytes=BYTES,
         copy_bytes=2 * BYTES,
-        rounds=30,
+        rounds=5,
     )
 
 
@@ -77,5 +77,5 @@ def bench_mse(benchmark: Any) -> None:
         {"copy": lambda: out.copy_(x), "eager, 8 of 80 candidates": eager},
         ideal_bytes=BYTES,
         copy_bytes=2 * BYTES,
-        rounds=10,
+        rounds=2,
     )

@@ -1,10 +1,10 @@
-"""Alternating timings: in every round each rival runs once, then ours.
+"""Alternating timings: rivals and ours take turns, a few calls each, for many rounds.
 
 Machines are noisy and their clocks drift. Times taken in turn share the drift, so that the ratio
-of their medians says more than two medians taken one after the other. Ours is timed by
-pytest-benchmark, the rivals in its untimed set-up. Each timed call comes right after an untimed one
-of the same kind: all find their inputs in the same cache, and memory that they freed themselves,
-not the traces of the rival before them.
+of their medians says more than two medians taken one after the other. A turn begins with untimed
+calls of the same kind: what is timed is the steady state of a loop over one op, with its inputs in
+whatever cache holds them and the memory that it freed itself, not the traces of the rival before it.
+Ours is timed by pytest-benchmark, the rivals in its untimed set-up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Call = Callable[[], Any]
+WARM, TIMED = 8, 5  # calls in a turn
 
 
 class Bar(NamedTuple):
@@ -32,7 +33,7 @@ def race(
     bars: tuple[Bar, ...] = (),
     ideal_bytes: int | None = None,
     copy_bytes: int | None = None,
-    rounds: int = 60,
+    rounds: int = 15,
     before: Call | None = None,
 ) -> None:
     """Time ours against its rivals and leave the figures in benchmark.extra_info.
@@ -46,25 +47,36 @@ def race(
     times: dict[str, list[float]] = {name: [] for name in rivals}
     prepare = before or (lambda: None)
 
-    def setup() -> None:
-        for name, call in rivals.items():
-            prepare()
-            call()
-            prepare()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+    def timed(call: Call) -> float:
         prepare()
-        ours()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    calls = 0
+
+    def setup() -> None:
+        nonlocal calls
+        if calls % TIMED == 0:  # ours has had its turn
+            for name, call in rivals.items():
+                turn = [timed(call) for _ in range(WARM + TIMED)]
+                times[name] += turn[WARM:]
+            for _ in range(WARM):
+                timed(ours)
+        calls += 1
         prepare()
 
     for call in (*rivals.values(), ours):  # compiles, allocates, wakes threads
         for _ in range(3):
             prepare()
             call()
-    benchmark.pedantic(ours, setup=setup, rounds=rounds, iterations=1)
+
+    def run() -> None:
+        ours()  # its result is dropped, as the rivals' are: a kept one takes the memory of the next
+
+    benchmark.pedantic(run, setup=setup, rounds=rounds * TIMED, iterations=1)
     median = benchmark.stats.stats.median
-    medians = {name: statistics.median(t[-rounds:]) for name, t in times.items()}
+    medians = {name: statistics.median(t) for name, t in times.items()}
     info = benchmark.extra_info
     info["median_us"] = round(median * 1e6, 2)
     info["rivals_us"] = {name: round(t * 1e6, 2) for name, t in medians.items()}
