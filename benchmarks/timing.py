@@ -3,7 +3,7 @@
 Machines are noisy and their clocks drift. Times taken in turn share the drift, so that the ratio
 of their medians says more than two medians taken one after the other. A turn begins with untimed
 calls of the same kind: what is timed is the steady state of a loop over one op, with its inputs in
-whatever cache holds them and the memory that it freed itself, not the traces of the rival before it.
+whatever cache holds them and memory that it freed itself, not the traces of the rival before it.
 Ours is timed by pytest-benchmark, the rivals in its untimed set-up.
 """
 
