@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,12 @@ def test_every_op_has_a_reference_that_comes_last_of_the_automatic_choice() -> N
             rest = order[order.index("reference") + 1 :]
             assert rest == (["triton"] if device == "cpu" else []), (op, device)
         assert hasattr(torch.ops.qkernels, op)
+
+
+def test_readme_lists_the_ops_of_the_table() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| .*reference \|$", readme, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(STEMS)
 
 
 def test_import_is_light() -> None:
