@@ -49,6 +49,8 @@ def available(device: str) -> str | None:
             "qkernels._C was built without CUDA; install the CUDA toolkit (nvcc) and "
             "rebuild with `QKERNELS_CUDA=ON pip install .`"
         )
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     return None
 
 

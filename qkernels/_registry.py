@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -123,9 +123,8 @@ def reason(row: Row, args: tuple[Any, ...]) -> str | None:
     return why
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block on one backend.
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Run every op inside the `with` block on one backend: `with use_backend("reference"): ...`.
 
     Args:
         name: "native", "triton", "reference", or "auto" for the order of the table.
@@ -139,8 +138,13 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
     """
+    return _backend_set_to(check_backend(name, "use_backend: name"))
+
+
+@contextmanager
+def _backend_set_to(name: str) -> Iterator[None]:
     global _backend
-    previous, _backend = _backend, check_backend(name, "use_backend: name")
+    previous, _backend = _backend, name
     try:
         yield
     finally:
