@@ -163,6 +163,7 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([], {}, ValueError, "calibrate: loader must yield at least one batch, got none"),
     (batches(), {"batches": 0}, ValueError, "batches must be a positive int or None, got 0"),
     (batches(), {"batches": 1.5}, ValueError, "batches must be a positive int or None, got 1.5"),
+    (torch.zeros(4, 3), {}, TypeError, "loader must be an iterable of batches, got a Tensor"),
     ([3], {}, TypeError, "loader must yield a Tensor, or .* got int"),
     ([()], {}, TypeError, "loader must yield a Tensor, or .* got NoneType"),
     (poisoned(), {}, ValueError, "inputs must be finite, got NaN or inf at '0.input_fake_quant'"),

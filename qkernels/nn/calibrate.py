@@ -45,6 +45,8 @@ def calibrate(
             an input holds NaN or inf.
     """
     require_prepared("calibrate", model)
+    if isinstance(loader, Tensor):  # it would be taken apart row by row
+        raise TypeError("calibrate: loader must be an iterable of batches, got a Tensor; use [x]")
     if batches is not None and (type(batches) is not int or batches < 1):
         raise ValueError(f"calibrate: batches must be a positive int or None, got {batches!r}")
     inputs = _kept_inputs(model)
