@@ -45,7 +45,7 @@ inline void pack_bits(const uint8_t* flags, uint8_t* mask, int64_t n) {
 
 // out = bit ? grad : 0 for the leading whole vectors of words of 2, 4 or 8 bytes; returns how many
 // words. Where the bits of a mask are a vector mask as they lie, the compiler does not see it.
-template <bool kStream, class Word>
+template <class Word>
 inline int64_t select_vectors(const Word* grad, const uint8_t* mask, Word* out, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512BW__)
@@ -62,13 +62,8 @@ inline int64_t select_vectors(const Word* grad, const uint8_t* mask, Word* out, 
     } else {
       kept = _mm512_maskz_mov_epi64(__mmask8(bits), v);
     }
-    if constexpr (kStream) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), kept);
-    } else {
-      _mm512_storeu_si512(out + i, kept);
-    }
+    _mm512_storeu_si512(out + i, kept);
   }
-  if (kStream) _mm_sfence();  // streamed stores are ordered with nothing that follows
 #else
   (void)grad, (void)mask, (void)out, (void)n;
 #endif

@@ -55,18 +55,4 @@ inline void store(T* dst, const float* buffer, int64_t n) {
   for (; i < n; ++i) dst[i] = Store<T>::from(buffer[i]);
 }
 
-// store for elements that are in buffer whatever their dtype, past the caches where dst is aligned.
-template <class T>
-inline void stream(T* dst, const T* buffer, int64_t n) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  constexpr int64_t kElements = 64 / sizeof(T);
-  if (reinterpret_cast<uintptr_t>(dst) % 64 == 0)
-    for (; i + kElements <= n; i += kElements)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(buffer + i));
-  _mm_sfence();  // streamed stores are ordered with nothing that follows
-#endif
-  for (; i < n; ++i) dst[i] = buffer[i];
-}
-
 }  // namespace qk::cpu::QK_ISA

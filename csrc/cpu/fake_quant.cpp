@@ -22,11 +22,8 @@ int64_t fake_quant(const FakeQuantParams& p, int threads) {
 // Bits, not values, are moved: a clipped element is +0 even where grad is NaN or infinite.
 template <class Word>
 void select(const Word* __restrict grad, const uint8_t* __restrict mask, Word* __restrict out,
-            int64_t n, bool past_caches) {
-  // a block of 64 bytes that is written past the caches must be aligned
-  const bool stream = past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  int64_t i =
-      stream ? select_vectors<true>(grad, mask, out, n) : select_vectors<false>(grad, mask, out, n);
+            int64_t n) {
+  int64_t i = select_vectors(grad, mask, out, n);
   for (; i + 8 <= n; i += 8) {
     const Word bits = mask[i / 8];
     for (int j = 0; j < 8; ++j) out[i + j] = bits >> j & 1 ? grad[i + j] : Word(0);
@@ -38,9 +35,8 @@ template <class Word>
 void fake_quant_bwd_words(const FakeQuantBwdParams& p, int threads) {
   const Word* grad = static_cast<const Word*>(p.grad);
   Word* out = static_cast<Word*>(p.grad_x);
-  const bool past_caches = p.numel * int64_t(sizeof(Word)) >= kPastCaches;
   parallel_ranges(p.numel, threads_for(p.numel, threads), [&](int64_t begin, int64_t end) {
-    select(grad + begin, p.mask + begin / 8, out + begin, end - begin, past_caches);
+    select(grad + begin, p.mask + begin / 8, out + begin, end - begin);
   });
 }
 

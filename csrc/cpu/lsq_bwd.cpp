@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #include "cpu/channels.h"
 #include "cpu/isa.h"
 #include "cpu/units.h"
@@ -47,17 +45,13 @@ void lsq_unit(const LsqBwdParams& p, const Units& units, int64_t u, const Channe
   const C* grad = gather(static_cast<const T*>(p.grad), unit, units.stride(), grad_buffer);
   const C* x = gather(static_cast<const T*>(p.x), unit, units.stride(), x_buffer);
   T* dst = static_cast<T*>(p.grad_x);
-  const bool past_caches =
-      std::is_same<T, C>::value && p.layout.numel() * int64_t(sizeof(T)) >= kPastCaches;
-  C* out = unit.rows == 1 && !past_caches ? stage(dst + unit.first, out_buffer) : out_buffer;
+  C* out = unit.rows == 1 ? stage(dst + unit.first, out_buffer) : out_buffer;
   const auto row = p.clip_value ? lsq_row<true, C> : lsq_row<false, C>;
   partial[units.slot(u)] = row(grad, x, out, n, table[unit.channel * table.repeat]);
-  if (unit.rows > 1) {
-    scatter(dst, unit, units.stride(), out_buffer);
-  } else if (!past_caches) {
+  if (unit.rows == 1) {
     store(dst + unit.first, out_buffer, n);
-  } else if constexpr (std::is_same<T, C>::value) {
-    stream(dst + unit.first, out_buffer, n);
+  } else {
+    scatter(dst, unit, units.stride(), out_buffer);
   }
 }
 

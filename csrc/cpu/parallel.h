@@ -16,10 +16,6 @@ constexpr int64_t kGrain = 16384;
 // 8 keeps every byte of a mask within one thread.
 constexpr int64_t kBlock = 512;
 
-// A gradient of this many bytes is read again long after it is written (by the optimizer) or fills
-// the caches by itself: writing past them saves reading the memory that is overwritten.
-constexpr int64_t kPastCaches = int64_t(4) << 20;
-
 inline int threads_for(int64_t elements, int threads) {
   const int64_t useful = elements / kGrain;
   return int(useful < 1 ? 1 : (useful < threads ? useful : threads));
