@@ -1,185 +1,191 @@
 // The only pybind11 file: Python's arguments into the structs of params.h, and on to CPU or CUDA.
 //
-// Tensors arrive as addresses (0 for none). `device` is -1 for the CPU, where `handle` is the
-// number of threads, or the index of a CUDA device, where it is the stream.
+// Every op is called as op(device, handle, calls): `device` is -1 for the CPU, where `handle` is
+// the number of threads, or the index of a CUDA device, where it is the stream; `calls` is a list
+// of tuples, each the fields of one struct in their order. Tensors arrive as addresses (0 for
+// none).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "cpu/kernels.h"
-#include "params.h"
-#ifdef QK_WITH_CUDA
 #include "cuda/kernels.h"
-#endif
+#include "params.h"
 
 namespace py = pybind11;
 using namespace qk;
-using Address = uintptr_t;
 
-template <class T = void>
-static T* at(Address a) {
-  return reinterpret_cast<T*>(a);
+// The fields of a tuple in turn: each conversion takes the next one, as the type asked for. The
+// parts of a braced list are evaluated from left to right, so {next, next} reads them in order.
+class Fields {
+ public:
+  Fields(const char* op, PyObject* tuple) : op(op), tuple(tuple) {
+    if (!PyTuple_Check(tuple)) throw py::type_error(std::string(op) + ": a call must be a tuple");
+  }
+
+  template <class T>
+  operator T() {
+    if (taken == PyTuple_GET_SIZE(tuple)) fail("more");
+    return as<T>(PyTuple_GET_ITEM(tuple, taken++));
+  }
+
+  void finish() const {
+    if (taken != PyTuple_GET_SIZE(tuple)) fail("fewer");
+  }
+
+ private:
+  template <class T>
+  static T as(PyObject* value) {
+    if constexpr (std::is_pointer_v<T>) {
+      return reinterpret_cast<T>(checked(PyLong_AsUnsignedLongLong(value)));
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return checked(PyObject_IsTrue(value)) != 0;
+    } else if constexpr (std::is_floating_point_v<T>) {
+      return checked(PyFloat_AsDouble(value));
+    } else {
+      return T(checked(PyLong_AsLongLong(value)));
+    }
+  }
+
+  template <class R>
+  static R checked(R value) {
+    if (value == R(-1) && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  [[noreturn]] void fail(const char* rule) const {
+    throw py::type_error(std::string(op) + ": a call must have " + rule + " fields than the " +
+                         std::to_string(PyTuple_GET_SIZE(tuple)) + " given");
+  }
+
+  const char* op;
+  PyObject* tuple;
+  Py_ssize_t taken = 0;
+};
+
+template <class P>
+P read(Fields& next);
+
+static Layout layout(Fields& next) { return {next, next, next}; }
+static QuantParams quant(Fields& next) { return {next, next, next, next, next}; }
+static Ranks ranks(Fields& next) { return {next, next, next, next}; }
+static Counter counter(Fields& next) { return {next, next, next, next}; }
+static Walk walk(Fields& next) {
+  return {next, {next, next, next, next}, {next, next, next, next}};
 }
 
-// Runs cpu(threads) or cuda(stream) without the GIL; the former's result is returned, -1 for the
-// latter.
-template <class Cpu, class Cuda>
-static int64_t run(const char* op, int device, uint64_t handle, Cpu cpu, Cuda cuda) {
+template <>
+FakeQuantParams read(Fields& next) {
+  return {next, layout(next), quant(next), next, next, next, next};
+}
+
+template <>
+FakeQuantBwdParams read(Fields& next) {
+  return {next, next, next, next, next};
+}
+
+template <>
+LsqBwdParams read(Fields& next) {
+  return {next, layout(next), quant(next), next, next, next, next, next, next, next, next};
+}
+
+template <>
+QuantRangeParams read(Fields& next) {
+  return {next, layout(next), next, next, next, next, ranks(next), next, next, next, next, next};
+}
+
+template <>
+QParamsParams read(Fields& next) {
+  return {next, next, next, next, next, next, next, next};
+}
+
+template <>
+FakeQuantDynamicParams read(Fields& next) {
+  return {read<QuantRangeParams>(next), next, next, next};
+}
+
+template <>
+QuantizeParams read(Fields& next) {
+  return {next, layout(next), quant(next), next, next, next, next, next};
+}
+
+template <>
+DequantizeParams read(Fields& next) {
+  return {next, layout(next), quant(next), next, next, next, next, next, next};
+}
+
+template <>
+ErrorStatsParams read(Fields& next) {
+  return {next, layout(next), quant(next), next, next, next, next, next, next};
+}
+
+template <>
+ErrorStatsDynamicParams read(Fields& next) {
+  return {read<QuantRangeParams>(next), next, next, next, next, next};
+}
+
+template <>
+NoiseParams read(Fields& next) {
+  return {next, layout(next), walk(next), next, counter(next), next, next,
+          next, next,         next,       next, next,          next, next};
+}
+
+template <class P, class R>
+using Cpu = R (*cpu::Kernels::*)(const P*, int64_t, int);
+template <class P>
+using Cuda = cuda::Error (*)(const P*, int64_t, cuda::Stream);
+
+// Runs the list without the GIL. Returns the index of the first call with an invalid scale or zero
+// point where the CPU looked for one, else -1.
+template <class P, class R>
+static int64_t run(const char* op, int device, uint64_t handle, const std::vector<P>& calls,
+                   Cpu<P, R> on_cpu, Cuda<P> on_cuda) {
   py::gil_scoped_release release;
-  if (device < 0) return cpu(int(handle));
+  const int64_t count = int64_t(calls.size());
+  if (device < 0) {
+    const auto function = cpu::kernels().*on_cpu;
+    if constexpr (std::is_void_v<R>) {
+      return function(calls.data(), count, int(handle)), -1;
+    } else {
+      return function(calls.data(), count, int(handle));
+    }
+  }
 #ifdef QK_WITH_CUDA
   const int previous = cuda::set_device(device);
-  const cuda::Error error = cuda(reinterpret_cast<cuda::Stream>(handle));
+  const cuda::Error error = on_cuda(calls.data(), count, reinterpret_cast<cuda::Stream>(handle));
   cuda::set_device(previous);
   if (error) throw std::runtime_error(std::string(op) + ": CUDA says " + cuda::error_text(error));
   return -1;
 #else
-  (void)cuda;
+  (void)on_cuda;
   throw std::runtime_error(std::string(op) + ": this build has no CUDA kernels");
 #endif
 }
 
+// The type of the last argument follows from that of `on_cpu`.
+template <class P, class R>
+static void define(py::module_& m, const char* op, Cpu<P, R> on_cpu,
+                   std::common_type_t<Cuda<P>> on_cuda) {
+  m.def(op, [=](int device, uint64_t handle, const py::list& list) {
+    std::vector<P> calls;
+    calls.reserve(list.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      Fields fields(op, PyList_GET_ITEM(list.ptr(), i));
+      calls.push_back(read<P>(fields));
+      fields.finish();
+    }
+    return run(op, device, handle, calls, on_cpu, on_cuda);
+  });
+}
+
 #ifdef QK_WITH_CUDA
-#define QK_CUDA(call) [&](cuda::Stream s) -> cuda::Error { return cuda::call; }
+#define QK_CUDA(launcher) &cuda::launcher
 #else
-#define QK_CUDA(call) [](auto...) { return 0; }
+#define QK_CUDA(launcher) nullptr
 #endif
-
-static int64_t fake_quant(int device, uint64_t handle, int dtype, int64_t outer, int64_t channels,
-                          int64_t inner, Address x, Address y, Address mask, Address scale,
-                          Address zero_point, bool zp_int, int qmin, int qmax, bool clip_value) {
-  const FakeQuantParams p = {DType(dtype),
-                             {outer, channels, inner},
-                             {at(scale), at(zero_point), zp_int, qmin, qmax},
-                             clip_value,
-                             at(x),
-                             at(y),
-                             at<uint8_t>(mask)};
-  return run(
-      "fake_quant", device, handle, [&](int n) { return cpu::kernels().fake_quant(p, n); },
-      QK_CUDA(launch_fake_quant(p, s)));
-}
-
-static void fake_quant_bwd(int device, uint64_t handle, int dtype, int64_t numel, Address grad,
-                           Address mask, Address grad_x) {
-  const FakeQuantBwdParams p = {DType(dtype), numel, at(grad), at<uint8_t>(mask), at(grad_x)};
-  run(
-      "fake_quant_bwd", device, handle,
-      [&](int n) { return cpu::kernels().fake_quant_bwd(p, n), int64_t(-1); },
-      QK_CUDA(launch_fake_quant_bwd(p, s)));
-}
-
-static int64_t lsq_bwd(int device, uint64_t handle, int dtype, int64_t outer, int64_t channels,
-                       int64_t inner, Address grad, Address x, Address grad_x, Address grad_s,
-                       Address grad_zp, Address workspace, Address scale, Address zero_point,
-                       bool zp_int, int qmin, int qmax, bool clip_value, double grad_scale) {
-  const LsqBwdParams p = {DType(dtype),
-                          {outer, channels, inner},
-                          {at(scale), at(zero_point), zp_int, qmin, qmax},
-                          clip_value,
-                          grad_scale,
-                          at(grad),
-                          at(x),
-                          at(grad_x),
-                          at(grad_s),
-                          at(grad_zp),
-                          at(workspace)};
-  return run(
-      "lsq_bwd", device, handle, [&](int n) { return cpu::kernels().lsq_bwd(p, n); },
-      QK_CUDA(launch_lsq_bwd(p, s)));
-}
-
-static QuantRangeParams range_params(int dtype, int64_t outer, int64_t channels, int64_t inner,
-                                     Address x, Address scale, Address zero_point, Address range,
-                                     Address workspace, int qmin, int qmax, bool symmetric,
-                                     int method, int64_t lo_k, double lo_w, int64_t hi_k,
-                                     double hi_w) {
-  return {DType(dtype),
-          {outer, channels, inner},
-          qmin,
-          qmax,
-          symmetric,
-          Method(method),
-          {lo_k, lo_w, hi_k, hi_w},
-          at(x),
-          at(scale),
-          at<int32_t>(zero_point),
-          at(range),
-          at(workspace)};
-}
-
-static void quant_range(int device, uint64_t handle, int dtype, int64_t outer, int64_t channels,
-                        int64_t inner, Address x, Address scale, Address zero_point, Address range,
-                        Address workspace, int qmin, int qmax, bool symmetric, int method,
-                        int64_t lo_k, double lo_w, int64_t hi_k, double hi_w) {
-  const QuantRangeParams p =
-      range_params(dtype, outer, channels, inner, x, scale, zero_point, range, workspace, qmin,
-                   qmax, symmetric, method, lo_k, lo_w, hi_k, hi_w);
-  run(
-      "quant_range", device, handle,
-      [&](int n) { return cpu::kernels().quant_range(p, n), int64_t(-1); },
-      QK_CUDA(launch_quant_range(p, s)));
-}
-
-static void qparams(int device, uint64_t handle, bool is_double, int64_t channels, Address range,
-                    Address scale, Address zero_point, int qmin, int qmax, bool symmetric) {
-  const QParamsParams p = {is_double, channels,  qmin,      qmax,
-                           symmetric, at(range), at(scale), at<int32_t>(zero_point)};
-  run(
-      "qparams", device, handle, [&](int n) { return cpu::kernels().qparams(p, n), int64_t(-1); },
-      QK_CUDA(launch_qparams(p, s)));
-}
-
-static void fake_quant_dynamic(int device, uint64_t handle, int dtype, int64_t outer,
-                               int64_t channels, int64_t inner, Address x, Address scale,
-                               Address zero_point, Address workspace, int qmin, int qmax,
-                               bool symmetric, int method, int64_t lo_k, double lo_w, int64_t hi_k,
-                               double hi_w, Address y, Address mask, bool clip_value) {
-  const FakeQuantDynamicParams p = {
-      range_params(dtype, outer, channels, inner, x, scale, zero_point, 0, workspace, qmin, qmax,
-                   symmetric, method, lo_k, lo_w, hi_k, hi_w),
-      clip_value, at(y), at<uint8_t>(mask)};
-  run(
-      "fake_quant_dynamic", device, handle,
-      [&](int n) { return cpu::kernels().fake_quant_dynamic(p, n), int64_t(-1); },
-      QK_CUDA(launch_fake_quant_dynamic(p, s)));
-}
-
-static int64_t quantize(int device, uint64_t handle, int dtype, int64_t outer, int64_t channels,
-                        int64_t inner, Address x, Address codes, Address scale, Address zero_point,
-                        bool zp_int, int qmin, int qmax, int code_bytes, int pack,
-                        int64_t row_size) {
-  const QuantizeParams p = {DType(dtype),
-                            {outer, channels, inner},
-                            {at(scale), at(zero_point), zp_int, qmin, qmax},
-                            code_bytes,
-                            pack,
-                            row_size,
-                            at(x),
-                            at(codes)};
-  return run(
-      "quantize", device, handle, [&](int n) { return cpu::kernels().quantize(p, n); },
-      QK_CUDA(launch_quantize(p, s)));
-}
-
-static int64_t dequantize(int device, uint64_t handle, int dtype, int64_t outer, int64_t channels,
-                          int64_t inner, Address codes, Address y, Address scale,
-                          Address zero_point, bool zp_int, int qmin, int code_bytes,
-                          bool code_signed, int pack, int64_t row_size) {
-  const DequantizeParams p = {DType(dtype),
-                              {outer, channels, inner},
-                              {at(scale), at(zero_point), zp_int, qmin, 0},
-                              code_bytes,
-                              code_signed,
-                              pack,
-                              row_size,
-                              at(codes),
-                              at(y)};
-  return run(
-      "dequantize", device, handle, [&](int n) { return cpu::kernels().dequantize(p, n); },
-      QK_CUDA(launch_dequantize(p, s)));
-}
 
 // Bytes of scratch memory; the CPU kernels take their own.
 static size_t lsq_bwd_workspace(int device, int dtype, int64_t outer, int64_t channels,
@@ -195,6 +201,14 @@ static size_t quant_range_workspace(int device, int dtype, int64_t outer, int64_
 #ifdef QK_WITH_CUDA
   if (device >= 0)
     return cuda::quant_range_workspace(DType(dtype), {outer, channels, inner}, Method(method));
+#endif
+  return 0;
+}
+
+static size_t error_stats_workspace(int device, int dtype, int64_t outer, int64_t channels,
+                                    int64_t inner) {
+#ifdef QK_WITH_CUDA
+  if (device >= 0) return cuda::error_stats_workspace(DType(dtype), {outer, channels, inner});
 #endif
   return 0;
 }
@@ -223,15 +237,21 @@ static py::dict build_info() {
 #endif
 
 PYBIND11_MODULE(QK_MODULE, m) {
-  m.def("fake_quant", &fake_quant);
-  m.def("fake_quant_bwd", &fake_quant_bwd);
-  m.def("lsq_bwd", &lsq_bwd);
+  using cpu::Kernels;
+  define(m, "fake_quant", &Kernels::fake_quant, QK_CUDA(launch_fake_quant));
+  define(m, "fake_quant_bwd", &Kernels::fake_quant_bwd, QK_CUDA(launch_fake_quant_bwd));
+  define(m, "lsq_bwd", &Kernels::lsq_bwd, QK_CUDA(launch_lsq_bwd));
+  define(m, "quant_range", &Kernels::quant_range, QK_CUDA(launch_quant_range));
+  define(m, "qparams", &Kernels::qparams, QK_CUDA(launch_qparams));
+  define(m, "fake_quant_dynamic", &Kernels::fake_quant_dynamic, QK_CUDA(launch_fake_quant_dynamic));
+  define(m, "quantize", &Kernels::quantize, QK_CUDA(launch_quantize));
+  define(m, "dequantize", &Kernels::dequantize, QK_CUDA(launch_dequantize));
+  define(m, "error_stats", &Kernels::error_stats, QK_CUDA(launch_error_stats));
+  define(m, "error_stats_dynamic", &Kernels::error_stats_dynamic,
+         QK_CUDA(launch_error_stats_dynamic));
+  define(m, "noise", &Kernels::noise, QK_CUDA(launch_noise));
   m.def("lsq_bwd_workspace", &lsq_bwd_workspace);
-  m.def("quant_range", &quant_range);
   m.def("quant_range_workspace", &quant_range_workspace);
-  m.def("qparams", &qparams);
-  m.def("fake_quant_dynamic", &fake_quant_dynamic);
-  m.def("quantize", &quantize);
-  m.def("dequantize", &dequantize);
+  m.def("error_stats_workspace", &error_stats_workspace);
   m.def("build_info", &build_info);
 }

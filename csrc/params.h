@@ -121,4 +121,57 @@ struct DequantizeParams {
   void* y;
 };
 
+// Statistics of Q(x) - x: mean, var, mean_square and clip_rate, [4, channels] of C
+struct ErrorStatsParams {
+  DType dtype;
+  Layout layout;
+  QuantParams quant;
+  bool clip_value;
+  const void* x;
+  void* stats;
+  void* ema;  // [5, channels] of C: averages of the four, and the weight gathered; or null
+  double decay;
+  void* workspace;  // CUDA: error_stats_workspace bytes; CPU: null
+};
+
+// The same with the range of x, into range.scale and range.zero_point.
+struct ErrorStatsDynamicParams {
+  QuantRangeParams range;
+  bool clip_value;
+  void* stats;
+  void* ema;
+  double decay;
+  void* workspace;
+};
+
+enum class NoiseKind : int { differential = 0, drop_in = 1, uniform = 2 };
+
+// Dims of a dense tensor from slowest to fastest in memory, and the step of each in the row-major
+// index; a row-major tensor has rank 1.
+struct Walk {
+  static constexpr int kMostDims = 4;
+  int rank;
+  int64_t size[kMostDims], stride[kMostDims];
+};
+
+// Where the draws come from: numbers, or (not null) addresses on the tensor's device.
+struct Counter {
+  int64_t seed, step;
+  const int64_t *seed_at, *step_at;
+};
+
+struct NoiseParams {
+  DType dtype;
+  Layout layout;
+  Walk walk;
+  NoiseKind kind;
+  Counter counter;
+  int64_t offset;  // of the tensor's first element in the row-major index
+  double ramp;
+  int32_t threshold;  // a gate is open with probability threshold / 2^24
+  const void *mean, *std, *prev_mean, *prev_std;  // [channels] of C; mean is null for uniform
+  const void* x;
+  void* y;
+};
+
 }  // namespace qk

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qkernels._table import BACKENDS, ROWS, STEMS, Row
+from qkernels.ops._check import each_call
 
 log = logging.getLogger("qkernels")
 
@@ -100,6 +101,40 @@ def run(op: str, backend: str, *args: Any) -> Any:
         if not key[2]:
             log_once(candidate.row, why)
     raise refusal(op, device, key[2], args)
+
+
+def run_many(op: str, backend: str, calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run an op on a list of calls, all on the device of the first, with the first row that takes
+    every one of them: in one call of the row if it has a list form, else one by one.
+
+    Raises:
+        ListError: the TypeError or ValueError of one of the calls.
+    """
+    x = calls[0][0]
+    device = "cpu" if x.is_cpu else x.device.type
+    key = (op, device, backend or _backend)
+    refused = calls[0]
+    for candidate in candidates(*key):
+        found = _first_refused(candidate, calls)
+        if found is None:
+            row = candidate.row
+            if row.foreach:
+                return resolve(row.foreach)(calls)
+            return each_call(resolve(row.target), calls)
+        refused, why = found
+        if not key[2]:
+            log_once(candidate.row, why)
+    raise refusal(op, device, key[2], refused)
+
+
+def _first_refused(
+    candidate: Candidate, calls: list[tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], str] | None:
+    """The first call that a row does not take, and why."""
+    if candidate.refuses is None:
+        return None
+    found = ((args, candidate.refuses(*args)) for args in calls)
+    return next(((args, why) for args, why in found if why is not None), None)
 
 
 def refusal(op: str, device: str, backend: str, args: tuple[Any, ...]) -> Exception:

@@ -19,6 +19,7 @@ class Row(NamedTuple):
     target: str  # the function, with the arguments of the op's schema less `backend`
     available: str | None = None  # device -> why this row can never run here, or None; asked once
     refuses: str | None = None  # the op's arguments -> why it cannot take this call, or None
+    foreach: str | None = None  # a list of such arguments -> list of results; None: one by one
 
 
 BACKENDS = ("native", "triton", "reference")
@@ -33,6 +34,11 @@ STEMS = {
     "fake_quant_dynamic": "fake_quant_dynamic",
     "quantize": "quantize",
     "dequantize": "quantize",
+    "error_stats": "error_stats",
+    "error_stats_dynamic": "error_stats",
+    "differential_noise": "noise",
+    "drop_in_noise": "noise",
+    "uniform_noise": "noise",
 }
 
 ORDER = {
@@ -46,6 +52,9 @@ AVAILABLE = {
     "reference": None,
 }
 
+# backends whose rows take a list in one call
+FOREACH = {"native": "qkernels.backends.native.{stem}:foreach_{op}"}
+
 REFUSES: dict[tuple[str, str], str] = {}
 
 ROWS: list[Row] = [
@@ -56,6 +65,7 @@ ROWS: list[Row] = [
         f"qkernels.backends.{backend}.{stem}:{op}",
         AVAILABLE[backend],
         REFUSES.get((op, backend)),
+        FOREACH[backend].format(stem=stem, op=op) if backend in FOREACH else None,
     )
     for op, stem in STEMS.items()
     for device, backends in ORDER.items()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# bound once: they are asked for several times in every eager call
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 METHODS = ("minmax", "percentile", "mse", "lsq")
 CLIPS = ("code", "value")
@@ -20,6 +22,9 @@ LARGEST_ZERO_POINT = 1 << 23
 MSE_CANDIDATES = 80
 MSE_STEP = 0.01
 
+# seeds and steps are 0 .. 2^63 - 1; the last bit of the counter tells draws apart
+LARGEST_SEED = (1 << 63) - 1
+
 
 # a dense tensor seen in memory order as [outer, channels, inner], one scale per channel
 Layout = tuple[int, int, int]
@@ -27,7 +32,7 @@ Layout = tuple[int, int, int]
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a kernel computes in: fp64 for fp64, fp32 for everything narrower."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+    return _FLOAT64 if dtype is _FLOAT64 else _FLOAT32
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
@@ -114,6 +119,8 @@ def plan(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, l
     dense layout is used as it lies.
     """
     if x.is_contiguous():
+        if axis is None and group_size is None:
+            return x, [], (1, 1, x.numel())
         return x, [], layout_of(x.shape, [], axis, group_size)
     if group_size is not None:
         return x.contiguous(), [], layout_of(x.shape, [], None, group_size)
@@ -166,3 +173,31 @@ def code_dtype(qmin: int, qmax: int) -> torch.dtype:
         if info.min <= qmin and qmax <= info.max:
             return dtype
     return torch.int32
+
+
+def gate_threshold(p: float) -> int:
+    """A gate is open where its 24-bit uniform is below this: with probability p."""
+    return round(p * (1 << 24))
+
+
+def logical_walk(x: Tensor) -> list[tuple[int, int]]:
+    """(size, row-major stride) of each dim of a dense x, from slowest to fastest in memory.
+
+    Walking these in order visits x in memory order and gives each element's row-major index. Dims
+    that continue each other are merged, so a row-major x is [(numel, 1)].
+    """
+    order = memory_order(x)
+    assert order is not None, "x must be dense"
+    stride, step = [0] * x.dim(), 1
+    for d in reversed(range(x.dim())):
+        stride[d], step = step, step * x.shape[d]
+    walk: list[tuple[int, int]] = []
+    for d in order or range(x.dim()):
+        size = x.shape[d]
+        if size == 1:
+            continue
+        if walk and walk[-1][1] == size * stride[d]:
+            walk[-1] = (walk[-1][0] * size, stride[d])
+        else:
+            walk.append((size, stride[d]))
+    return walk or [(1, 1)]

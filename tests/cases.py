@@ -113,3 +113,16 @@ def params_for(x: Tensor, case: Case, qmin: int, qmax: int) -> tuple[Tensor, Ten
     middle = (qmin + qmax + 1) // 2
     zp = middle + torch.randint(-1, 2, shape, generator=generator, dtype=torch.int32)
     return scale, zp.clamp(qmin, qmax)
+
+
+def resnet50_weights() -> list[tuple[int, ...]]:
+    """Shapes of the 54 convolution and linear weights of a ResNet-50."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                shapes.append((4 * width, channels, 1, 1))
+            channels = 4 * width
+    return [*shapes, (1000, channels)]

@@ -108,6 +108,17 @@ def run(runner: Runner, *args: Any) -> Any:
     return function(*args)
 
 
+def run_list(runner: Runner, calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run the list form of the row."""
+    ran.add(runner)
+    assert runner.row.foreach is not None, f"{runner.id} has no list form"
+    function = _registry.resolve(runner.row.foreach)
+    if runner.how == "shim":
+        with shimmed():
+            return function(calls)
+    return function(calls)
+
+
 def reference(op: str, *args: Any) -> Any:
     """Run the reference row."""
     return _registry.resolve(f"qkernels.backends.reference.{STEMS[op]}:{op}")(*args)

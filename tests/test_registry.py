@@ -34,7 +34,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.op}-{r.device}-{r.backend}")
 def test_every_row_resolves(row: _registry.Row) -> None:
     assert callable(_registry.resolve(row.target))
-    for target in (row.available, row.refuses):
+    for target in (row.available, row.refuses, row.foreach):
         assert target is None or callable(_registry.resolve(target))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compare import assert_same
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import qkernels
 from qkernels import numeric
@@ -36,6 +37,7 @@ def seeded_samples() -> list[tuple[str, tuple]]:
     order = numeric.memory_order(last)
     groups = torch.rand(30) + 0.1
     q = (s, zp, 0, 15)
+    counter, at = (1, 2, None, None), (0, 0, torch.tensor(2**40), torch.tensor(7))
 
     def learned() -> tuple:
         return leaf(s), leaf(zp.float()), 0, 15
@@ -65,6 +67,16 @@ def seeded_samples() -> list[tuple[str, tuple]]:
             "dequantize",
             (torch.zeros(6, 5, dtype=torch.uint8), s, zp, 0, 0, None, 4, 9, torch.float32),
         ),
+        ("error_stats", (last, *q, 1, None, "code")),
+        ("error_stats", (x.half(), groups, None, -8, 7, None, 24, "value")),
+        ("error_stats_dynamic", (last, 0, 15, 1, None, False, "minmax", 99.0, "code")),
+        ("error_stats_dynamic", (x, -8, 7, None, None, True, "percentile", 99.0, "value")),
+        ("differential_noise", (leaf(last), s, s, None, None, *counter, 0.5, 0, 1, None)),
+        ("differential_noise", (x, groups, groups, -groups, groups, *at, 1.0, 3, None, 24)),
+        ("drop_in_noise", (leaf(x.half()), leaf(-s), leaf(s), 0.3, *counter, 1.0, 0, 0, None)),
+        ("drop_in_noise", (x[:, ::2], s, s, 1.0, *at, 0.1, 2**62, 0, None)),
+        ("uniform_noise", (leaf(last), s[0], 0.5, *at, 1, None, None)),
+        ("uniform_noise", (leaf(torch.empty(0, 6)), s, 1.0, *counter, 0, 1, None)),
     ]
 
 
@@ -142,6 +154,103 @@ def test_compile_a_learned_scale_with_changing_shapes(axis: int | None) -> None:
             assert_same(got, expected)
 
 
+def differential(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return qkernels.differential_noise(x * 2, (mean, std), (std, std), seed=1, step=2, axis=1)
+
+
+def drop_in(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    at = torch.full((), 3, dtype=torch.int64) + 1
+    return qkernels.drop_in_noise(x * 2, (mean, std), p=0.5, seed=2**62, step=at, ramp=0.3, axis=1)
+
+
+def uniform_in_place(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    y = x * 2
+    qkernels.uniform_noise(y, std, seed=1, step=2, axis=1, inplace=True)
+    return y * y
+
+
+def of_its_own_error(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    stats = qkernels.error_stats(x, bits=3, axis=1)
+    given = qkernels.error_stats(x, std, mean, bits=3, axis=1)
+    return qkernels.differential_noise(x, stats, given, seed=1, step=2, axis=1)
+
+
+NOISY = (differential, drop_in, uniform_in_place, of_its_own_error)
+
+
+@pytest.mark.parametrize("fn", NOISY)
+@pytest.mark.parametrize("memory", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile_noise(
+    fn: Callable[..., Tensor], memory: torch.memory_format, backend: str
+) -> None:
+    torch.compiler.reset()
+    x = torch.randn(2, 6, 5, 3).to(memory_format=memory)
+    mean, std = torch.rand(6), torch.rand(6) + 0.2
+    want = run(fn, x, mean, std)
+    got = run(torch.compile(fn, fullgraph=True, backend=backend), x, mean, std)
+    assert len(want) == 2  # of x alone
+    for a, b in zip(got, want, strict=True):
+        assert_same(a.contiguous(), b.contiguous())
+
+
+def test_steps_do_not_compile_again() -> None:
+    """An int that changes becomes symbolic at the second call. A float argument of an op cannot, so
+    a ramp that changes goes into the statistics, as a tensor."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def fn(x: Tensor, seed: int, step: int, offset: int, ramp: Tensor) -> Tensor:
+        law = (0.25 * ramp, 0.5 * ramp)
+        return qkernels.drop_in_noise(x, law, p=0.5, seed=seed, step=step, offset=offset)
+
+    compiled = torch.compile(fn, fullgraph=True, backend=counter)
+    x = torch.randn(50)
+    for step in range(12):
+        args = (2**40 + step, 2**33 + 2 * step, 3 * step, torch.tensor(step / 11))
+        assert_same(compiled(x, *args), fn(x, *args))
+    assert counter.frame_count == 2
+
+
+def test_a_ramp_that_changes_compiles_again_and_is_right() -> None:
+    torch.compiler.reset()
+
+    def fn(x: Tensor, ramp: float) -> Tensor:
+        return qkernels.differential_noise(x, (0.1, 0.2), seed=1, step=2, ramp=ramp, axis=None)
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    x = torch.randn(50)
+    for ramp in (0.0, 0.1, 0.2, 0.7):
+        assert_same(compiled(x, ramp), fn(x, ramp))
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 6))
+        self.register_buffer("step", torch.tensor(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stats = qkernels.error_stats(self.weight, bits=4, axis=0)
+        weight = qkernels.differential_noise(self.weight, stats, seed=1, step=self.step)
+        x = qkernels.drop_in_noise(x, (0.0, 0.1), p=0.5, seed=2, step=self.step)
+        return torch.nn.functional.linear(qkernels.uniform_noise(x, 0.1, seed=3, step=4), weight)
+
+
+@pytest.mark.parametrize("strict", (True, False))
+def test_export_noise(strict: bool) -> None:
+    model, x = Noisy(), torch.randn(3, 6)
+    program = torch.export.export(model, (x,), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    for op in ("error_stats_dynamic", "differential_noise", "drop_in_noise", "uniform_noise"):
+        assert f"qkernels.{op}.default" in targets
+    assert_same(program.module()(x).detach(), model(x).detach())
+    exported = program.module()
+    for one in (exported, model):
+        one.step.fill_(9)
+    assert_same(exported(x).detach(), model(x).detach())
+
+
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -175,6 +284,8 @@ def test_autocast() -> None:
 def test_meta_and_fake_tensors() -> None:
     y = qkernels.fake_quant(torch.ones(3, 4, device="meta"), bits=4, axis=0)
     assert y.shape == (3, 4) and y.is_meta
+    noisy = qkernels.uniform_noise(torch.ones(3, 4, device="meta"), 0.1, seed=1, step=2)
+    assert noisy.shape == (3, 4) and noisy.is_meta
     with torch._subclasses.FakeTensorMode():
         x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
         y = qkernels.fake_quant(x, bits=4, axis=1)

@@ -28,16 +28,44 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+NOISE = ("differential_noise", "drop_in_noise", "uniform_noise")
 # ops that are compiled for fp64 too
-WITH_DOUBLE = {"fake_quant", "fake_quant_bwd", "lsq_bwd", "qparams"}
-# fused multiply-adds that the compilers themselves put into one division on gfx942
+WITH_DOUBLE = {"fake_quant", "fake_quant_bwd", "lsq_bwd", "qparams", "error_stats", *NOISE}
+# fused multiply-adds that the compilers themselves put into one division or root on gfx942: one
+# version of the root starts from v_sqrt, the other from v_rsq
 FMA_IN_DIVISION = 5
+FMA_IN_ROOT = {"v_sqrt_f32": 2, "v_rsq_f32": 5}
 # one register saved around the call of a division's slow path, on NVIDIA
 SAVED_BYTES = 8
 
 
+def noise_arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Calls of a noise op: row-major or not, by eights of a channel or not, seeds in memory."""
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    x, odd = torch.zeros(4, 2048, dtype=dtype), torch.zeros(4, 3, 149, dtype=dtype)
+    nhwc = torch.zeros(2, 16, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    at = (torch.zeros((), dtype=torch.int64),) * 2
+    calls = []
+    for v, channels, counter, rest in (
+        (x, 4, (2**40, 3, None, None), (0, 0, None)),
+        (odd, 3, (0, 0, *at), (6, 1, None)),
+        (nhwc, 16, (0, 0, *at), (0, 1, None)),
+    ):
+        p = torch.ones(channels, dtype=compute)
+        if op == "differential_noise":
+            previous = (None, None) if v is odd else (p, p)
+            calls.append((v, p, p, *previous, *counter, 0.5, *rest))
+        elif op == "drop_in_noise":
+            calls.append((v, p, p, 1.0 if v is odd else 0.5, *counter, 0.5, *rest))
+        else:
+            calls.append((v, p, 1.0 if v is odd else 0.5, *counter, *rest))
+    return calls
+
+
 def arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Calls of one op that together launch each of its kernels."""
+    if op in NOISE:
+        return noise_arguments(op, dtype)
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     x = torch.zeros(4, 2048, dtype=dtype)
     image = torch.zeros(2, 16, 4, 4, dtype=dtype)
@@ -48,6 +76,7 @@ def arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     packed = torch.zeros(4, 1024, dtype=torch.uint8)
     ranges = [("minmax", x), ("lsq", x), ("mse", x), ("percentile", x)]
     ranges.append(("percentile", torch.zeros(1, 9000, dtype=dtype)))
+    ema = torch.zeros(5, 16, dtype=compute)
     return {
         "fake_quant": [
             (x, s4, z4, 0, 15, 0, None, "code", True),
@@ -63,6 +92,12 @@ def arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         "quant_range": [(v, 0, 15, None, v.shape[1], False, m, 99.0) for m, v in ranges],
         "qparams": [(torch.zeros(2, 4, dtype=compute), 0, 15, False)],
         "fake_quant_dynamic": [(x, 0, 15, 0, None, False, "minmax", 99.0, "code", True)],
+        "error_stats": [
+            (x, s4, z4, 0, 15, 0, None, "code", ema[:, :4].contiguous(), 0.9),
+            (image, scale, scale, 0, 15, 1, None, "value"),
+            (nhwc, scale, None, -8, 7, 1, None, "code", ema, 0.9),
+        ],
+        "error_stats_dynamic": [(x, 0, 15, 0, None, False, "minmax", 99.0, "code")],
         "quantize": [(x, s4, z4, 0, 15, 0, None, pack) for pack in (0, 4)],
         "dequantize": [
             (x.to(torch.uint8), s4, z4, 0, 0, None, 0, 0, dtype),
@@ -138,7 +173,7 @@ def record() -> dict[str, tuple[Any, ...]]:
             for args in arguments(op, dtype):
                 resolve(target)(*args)
     launch.WIDE_FROM = 0  # 64-bit offsets
-    for op in ("fake_quant", "lsq_bwd"):
+    for op in ("fake_quant", "lsq_bwd", "error_stats", *NOISE):
         resolve(targets[op])(*arguments(op, torch.float32)[0])
     return launches
 
@@ -149,7 +184,8 @@ def fused(asm: dict[str, Any]) -> int:
         return len(re.findall(r"\bfma\.rn\.", asm["ptx"]))
     code = asm["amdgcn"]
     found = len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", code))
-    return found - FMA_IN_DIVISION * len(re.findall(r"\bv_div_fixup_f32", code))
+    found -= FMA_IN_DIVISION * len(re.findall(r"\bv_div_fixup_f32", code))
+    return found - sum(n * len(re.findall(rf"\b{root}", code)) for root, n in FMA_IN_ROOT.items())
 
 
 def spills(compiled: Any, folder: Path) -> int | None:

@@ -1,6 +1,8 @@
 // Per-channel parameters, worked out once per call.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/parallel.h"
 #include "math/fake_quant.h"
 #include "params.h"
@@ -14,11 +16,12 @@ C zero_point_at(const QuantParams& q, int64_t channel) {
                              : static_cast<const C*>(q.zero_point)[channel];
 }
 
-// Channel<C> of every channel as four arrays, so that a loop over channels can load them as
-// vectors. A short inner dimension is folded into the channels: [outer, channels, inner] with inner
-// = 9 becomes [outer, 9 channels, 1], each parameter repeated 9 times.
-template <class C>
+// A record of four C for every channel, as four arrays, so that a loop over channels can load them
+// as vectors. A short inner dimension is folded into the channels: [outer, channels, inner] with
+// inner = 9 becomes [outer, 9 channels, 1], each parameter repeated 9 times.
+template <class C, class Record = Channel<C>>
 struct ChannelTable {
+  static_assert(sizeof(Record) == 4 * sizeof(C), "a record is four numbers");
   static constexpr int64_t kShortInner = 32;
   static constexpr int64_t kMostFolded = 1 << 16;
 
@@ -30,16 +33,18 @@ struct ChannelTable {
         inner(layout.inner / (repeat > 0 ? repeat : 1)),
         values(4 * channels) {}
 
-  void set(int64_t channel, const Channel<C>& c) {
+  void set(int64_t channel, const Record& record) {
+    C v[4];
+    memcpy(v, &record, sizeof(v));
     for (int64_t i = channel * repeat; i < (channel + 1) * repeat; ++i) {
-      values[i] = c.inv;
-      values[channels + i] = c.scale;
-      values[2 * channels + i] = c.lo;
-      values[3 * channels + i] = c.hi;
+      values[i] = v[0];
+      values[channels + i] = v[1];
+      values[2 * channels + i] = v[2];
+      values[3 * channels + i] = v[3];
     }
   }
 
-  Channel<C> operator[](int64_t i) const {
+  Record operator[](int64_t i) const {
     return {values[i], values[channels + i], values[2 * channels + i], values[3 * channels + i]};
   }
 

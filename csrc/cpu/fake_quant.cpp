@@ -5,18 +5,37 @@
 
 namespace qk::cpu::QK_ISA {
 
-int64_t fake_quant(const FakeQuantParams& p, int threads) {
-  const int64_t numel = p.layout.numel();
-  int64_t bad = -1;
-  QK_DISPATCH(p.dtype, {
-    ChannelTable<C> table(p.layout);
-    bad = fill(table, p.quant, p.layout.channels);
-    const auto range = p.clip_value ? fake_quant_range<T, C, true> : fake_quant_range<T, C, false>;
-    parallel_ranges(numel, threads_for(numel, threads), [&](int64_t begin, int64_t end) {
-      range(static_cast<const T*>(p.x), static_cast<T*>(p.y), p.mask, table, begin, end);
-    });
-  });
-  return bad;
+template <class T, class C>
+class FakeQuantWork final : public Work {
+ public:
+  explicit FakeQuantWork(const FakeQuantParams& p)
+      : p(p),
+        table(p.layout),
+        range(p.clip_value ? fake_quant_range<T, C, true> : fake_quant_range<T, C, false>) {
+    invalid = fill(table, p.quant, p.layout.channels) >= 0;
+    items = blocks_of(p.layout.numel());
+    cost = kBlock;
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    const int64_t stop = block_end(end, p.layout.numel());
+    range(static_cast<const T*>(p.x), static_cast<T*>(p.y), p.mask, table, begin * kBlock, stop);
+  }
+
+ private:
+  const FakeQuantParams p;
+  ChannelTable<C> table;
+  void (*range)(const T*, T*, uint8_t*, const ChannelTable<C>&, int64_t, int64_t);
+};
+
+Work* fake_quant_work(const FakeQuantParams& p) {
+  Work* work = nullptr;
+  QK_DISPATCH(p.dtype, work = new FakeQuantWork<T, C>(p));
+  return work;
+}
+
+int64_t fake_quant(const FakeQuantParams* calls, int64_t count, int threads) {
+  return run_list(calls, count, threads, fake_quant_work);
 }
 
 // Bits, not values, are moved: a clipped element is +0 even where grad is NaN or infinite.
@@ -32,18 +51,29 @@ void select(const Word* __restrict grad, const uint8_t* __restrict mask, Word* _
 }
 
 template <class Word>
-void fake_quant_bwd_words(const FakeQuantBwdParams& p, int threads) {
-  const Word* grad = static_cast<const Word*>(p.grad);
-  Word* out = static_cast<Word*>(p.grad_x);
-  parallel_ranges(p.numel, threads_for(p.numel, threads), [&](int64_t begin, int64_t end) {
-    select(grad + begin, p.mask + begin / 8, out + begin, end - begin);
-  });
-}
+class SelectWork final : public Work {
+ public:
+  explicit SelectWork(const FakeQuantBwdParams& p) : p(p) {
+    items = blocks_of(p.numel);
+    cost = kBlock;
+  }
 
-void fake_quant_bwd(const FakeQuantBwdParams& p, int threads) {
-  if (p.dtype == DType::f64) return fake_quant_bwd_words<uint64_t>(p, threads);
-  if (p.dtype == DType::f32) return fake_quant_bwd_words<uint32_t>(p, threads);
-  fake_quant_bwd_words<uint16_t>(p, threads);
+  void run(int64_t begin, int64_t end) override {
+    const int64_t first = begin * kBlock, n = block_end(end, p.numel) - first;
+    select(static_cast<const Word*>(p.grad) + first, p.mask + first / 8,
+           static_cast<Word*>(p.grad_x) + first, n);
+  }
+
+ private:
+  const FakeQuantBwdParams p;
+};
+
+void fake_quant_bwd(const FakeQuantBwdParams* calls, int64_t count, int threads) {
+  run_list(calls, count, threads, [](const FakeQuantBwdParams& p) -> Work* {
+    if (p.dtype == DType::f64) return new SelectWork<uint64_t>(p);
+    if (p.dtype == DType::f32) return new SelectWork<uint32_t>(p);
+    return new SelectWork<uint16_t>(p);
+  });
 }
 
 }  // namespace qk::cpu::QK_ISA

@@ -4,6 +4,7 @@
 #include "cpu/bits.h"
 #include "cpu/channels.h"
 #include "cpu/convert.h"
+#include "cpu/work.h"
 
 namespace qk::cpu::QK_ISA {
 
@@ -58,5 +59,8 @@ void fake_quant_range(const T* x, T* y, uint8_t* mask, const ChannelTable<C>& ta
     if (mask) pack_bits(inside, mask + b / 8, n);
   }
 }
+
+// The work of one call.
+Work* fake_quant_work(const FakeQuantParams& p);
 
 }  // namespace qk::cpu::QK_ISA

@@ -25,42 +25,79 @@ Range<C> row_range(const T* x, int64_t n) {
 // Channels that lie in one piece: each is read once from memory for its range, and found in the
 // cache when it is quantized. A group of channels ends on a whole byte of the mask.
 template <class T, class C>
-void dynamic_rows(const FakeQuantDynamicParams& p, int threads) {
-  const Layout& layout = p.range.layout;
-  const T* x = static_cast<const T*>(p.range.x);
-  const int64_t group = layout.inner % 8 ? 8 : 1;
-  const int64_t groups = (layout.channels + group - 1) / group;
-  ChannelTable<C> table(layout);
-  const auto quantize = p.clip_value ? fake_quant_range<T, C, true> : fake_quant_range<T, C, false>;
-  parallel_for(groups, threads, [&](int64_t g) {
-    const int64_t end = (g + 1) * group < layout.channels ? (g + 1) * group : layout.channels;
-    for (int64_t c = g * group; c < end; ++c) {
-      const Range<C> r = row_range<T, C>(x + c * layout.inner, layout.inner);
-      const C qmin = C(p.range.qmin), qmax = C(p.range.qmax);
-      const QParams<C> q = range_to_qparams(r, qmin, qmax, p.range.symmetric);
-      static_cast<C*>(p.range.scale)[c] = q.scale;
-      p.range.zero_point[c] = q.zero_point;
-      table.set(c, make_channel(q.scale, C(q.zero_point), qmin, qmax));
-    }
-    quantize(x, static_cast<T*>(p.y), p.mask, table, g * group * layout.inner, end * layout.inner);
-  });
-}
-
-template <class T, class C>
-void dynamic_typed(const FakeQuantDynamicParams& p, int threads) {
-  const QuantRangeParams& r = p.range;
-  const int useful = threads_for(r.layout.numel(), threads);
-  if (r.method == Method::minmax && r.layout.outer == 1 && r.layout.inner > 0 &&
-      r.layout.channels >= 8 * useful) {
-    return dynamic_rows<T, C>(p, useful);
+class RowsWork final : public Work {
+ public:
+  explicit RowsWork(const FakeQuantDynamicParams& p)
+      : p(p), group(p.range.layout.inner % 8 ? 8 : 1), table(p.range.layout) {
+    items = (p.range.layout.channels + group - 1) / group;
+    cost = group * p.range.layout.inner;
   }
-  quant_range(r, threads);
-  const QuantParams q = {r.scale, r.zero_point, true, r.qmin, r.qmax};
-  fake_quant({r.dtype, r.layout, q, p.clip_value, r.x, p.y, p.mask}, threads);
+
+  void run(int64_t begin, int64_t end) override {
+    const auto quantize =
+        p.clip_value ? fake_quant_range<T, C, true> : fake_quant_range<T, C, false>;
+    const Layout& layout = p.range.layout;
+    const T* x = static_cast<const T*>(p.range.x);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * group;
+      const int64_t stop = first + group < layout.channels ? first + group : layout.channels;
+      for (int64_t c = first; c < stop; ++c) set_channel(c, x + c * layout.inner);
+      quantize(x, static_cast<T*>(p.y), p.mask, table, first * layout.inner, stop * layout.inner);
+    }
+  }
+
+ private:
+  void set_channel(int64_t c, const T* row) {
+    const Range<C> r = row_range<T, C>(row, p.range.layout.inner);
+    const C qmin = C(p.range.qmin), qmax = C(p.range.qmax);
+    const QParams<C> q = range_to_qparams(r, qmin, qmax, p.range.symmetric);
+    static_cast<C*>(p.range.scale)[c] = q.scale;
+    p.range.zero_point[c] = q.zero_point;
+    table.set(c, make_channel(q.scale, C(q.zero_point), qmin, qmax));
+  }
+
+  const FakeQuantDynamicParams p;
+  const int64_t group;
+  ChannelTable<C> table;
+};
+
+// The range of the whole tensor, then its quantization.
+class RangeThenQuantize final : public Chain {
+ public:
+  RangeThenQuantize(const FakeQuantDynamicParams& p, int64_t share) : p(p) {
+    link = range_work(p.range, share);
+    follow();
+  }
+
+ private:
+  Work* following() override {
+    if (quantizing) return nullptr;
+    quantizing = true;
+    const QuantRangeParams& r = p.range;
+    const QuantParams q = {r.scale, r.zero_point, true, r.qmin, r.qmax};
+    return fake_quant_work({r.dtype, r.layout, q, p.clip_value, r.x, p.y, p.mask});
+  }
+
+  const FakeQuantDynamicParams p;
+  bool quantizing = false;
+};
+
+// Channels are handed out whole if they are small next to what each thread gets.
+bool by_rows(const QuantRangeParams& r, int64_t share) {
+  return r.method == Method::minmax && r.layout.outer == 1 && r.layout.inner > 0 &&
+         8 * r.layout.inner <= share;
 }
 
-void fake_quant_dynamic(const FakeQuantDynamicParams& p, int threads) {
-  QK_DISPATCH(p.range.dtype, dynamic_typed<T, C>(p, threads));
+void fake_quant_dynamic(const FakeQuantDynamicParams* calls, int64_t count, int threads) {
+  const int64_t share = thread_share(calls, count, threads, [](const FakeQuantDynamicParams& p) {
+    return p.range.layout.numel();
+  });
+  run_list(calls, count, threads, [share](const FakeQuantDynamicParams& p) -> Work* {
+    if (!by_rows(p.range, share)) return new RangeThenQuantize(p, share);
+    Work* work = nullptr;
+    QK_DISPATCH(p.range.dtype, work = new RowsWork<T, C>(p));
+    return work;
+  });
 }
 
 }  // namespace qk::cpu::QK_ISA

@@ -6,8 +6,8 @@
 namespace qk::cpu::QK_ISA {
 
 extern const Kernels table;
-const Kernels table = {QK_STRING(QK_ISA), fake_quant, fake_quant_bwd,     lsq_bwd,
-                       quant_range,       qparams,    fake_quant_dynamic, quantize,
-                       dequantize};
+const Kernels table = {QK_STRING(QK_ISA), fake_quant,  fake_quant_bwd,      lsq_bwd,
+                       quant_range,       qparams,     fake_quant_dynamic,  quantize,
+                       dequantize,        error_stats, error_stats_dynamic, noise};
 
 }  // namespace qk::cpu::QK_ISA

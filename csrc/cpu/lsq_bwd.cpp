@@ -1,6 +1,7 @@
 #include "cpu/channels.h"
 #include "cpu/isa.h"
 #include "cpu/units.h"
+#include "cpu/work.h"
 #include "dispatch.h"
 
 namespace qk::cpu::QK_ISA {
@@ -37,45 +38,63 @@ Sums lsq_row(const C* __restrict grad, const C* __restrict x, C* __restrict grad
 }
 
 template <class T, class C>
-void lsq_unit(const LsqBwdParams& p, const Units& units, int64_t u, const ChannelTable<C>& table,
-              Sums* partial) {
-  C grad_buffer[Units::kElements], x_buffer[Units::kElements], out_buffer[Units::kElements];
-  const Unit unit = units[u];
-  const int64_t n = unit.rows * unit.length;
-  const C* grad = gather(static_cast<const T*>(p.grad), unit, units.stride(), grad_buffer);
-  const C* x = gather(static_cast<const T*>(p.x), unit, units.stride(), x_buffer);
-  T* dst = static_cast<T*>(p.grad_x);
-  C* out = unit.rows == 1 ? stage(dst + unit.first, out_buffer) : out_buffer;
-  const auto row = p.clip_value ? lsq_row<true, C> : lsq_row<false, C>;
-  partial[units.slot(u)] = row(grad, x, out, n, table[unit.channel * table.repeat]);
-  if (unit.rows == 1) {
-    store(dst + unit.first, out_buffer, n);
-  } else {
-    scatter(dst, unit, units.stride(), out_buffer);
+class LsqWork final : public Work {
+ public:
+  explicit LsqWork(const LsqBwdParams& p)
+      : p(p), units(p.layout), table(p.layout), partial(units.count()) {
+    invalid = fill(table, p.quant, p.layout.channels) >= 0;
+    items = units.count();
+    cost = units.cost();
   }
-}
 
-int64_t lsq_bwd(const LsqBwdParams& p, int threads) {
-  const Units units(p.layout);
-  const int useful = threads_for(p.layout.numel(), threads);
-  int64_t bad = -1;
-  QK_DISPATCH(p.dtype, {
-    ChannelTable<C> table(p.layout);
-    bad = fill(table, p.quant, p.layout.channels);
-    Buffer<Sums> partial(units.count());
-    parallel_for(units.count(), useful,
-                 [&](int64_t u) { lsq_unit<T>(p, units, u, table, partial.data); });
+  void run(int64_t begin, int64_t end) override {
+    for (int64_t u = begin; u < end; ++u) run_unit(u);
+  }
+
+  bool next() override {
+    const int64_t per_channel = units.per_channel();
     for (int64_t c = 0; c < p.layout.channels; ++c) {
       Sums sum = {0, 0};
-      for (int64_t k = 0; k < units.per_channel(); ++k) {
-        sum.scale += partial[c * units.per_channel() + k].scale;
-        sum.zero_point += partial[c * units.per_channel() + k].zero_point;
+      for (int64_t k = 0; k < per_channel; ++k) {
+        sum.scale += partial[c * per_channel + k].scale;
+        sum.zero_point += partial[c * per_channel + k].zero_point;
       }
       static_cast<C*>(p.grad_s)[c] = C(sum.scale * p.grad_scale);
       static_cast<C*>(p.grad_zp)[c] = C(sum.zero_point * p.grad_scale);
     }
+    return false;
+  }
+
+ private:
+  void run_unit(int64_t u) {
+    C grad_buffer[Units::kElements], x_buffer[Units::kElements], out_buffer[Units::kElements];
+    const Unit unit = units[u];
+    const int64_t n = unit.rows * unit.length;
+    const C* grad = gather(static_cast<const T*>(p.grad), unit, units.stride(), grad_buffer);
+    const C* x = gather(static_cast<const T*>(p.x), unit, units.stride(), x_buffer);
+    T* dst = static_cast<T*>(p.grad_x);
+    C* out = unit.rows == 1 ? stage(dst + unit.first, out_buffer) : out_buffer;
+    const auto row = p.clip_value ? lsq_row<true, C> : lsq_row<false, C>;
+    partial[units.slot(u)] = row(grad, x, out, n, table[unit.channel * table.repeat]);
+    if (unit.rows == 1) {
+      store(dst + unit.first, out_buffer, n);
+    } else {
+      scatter(dst, unit, units.stride(), out_buffer);
+    }
+  }
+
+  const LsqBwdParams p;
+  const Units units;
+  ChannelTable<C> table;
+  Buffer<Sums> partial;
+};
+
+int64_t lsq_bwd(const LsqBwdParams* calls, int64_t count, int threads) {
+  return run_list(calls, count, threads, [](const LsqBwdParams& p) {
+    Work* work = nullptr;
+    QK_DISPATCH(p.dtype, work = new LsqWork<T, C>(p));
+    return work;
   });
-  return bad;
 }
 
 }  // namespace qk::cpu::QK_ISA

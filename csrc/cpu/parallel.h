@@ -16,6 +16,13 @@ constexpr int64_t kGrain = 16384;
 // 8 keeps every byte of a mask within one thread.
 constexpr int64_t kBlock = 512;
 
+inline int64_t blocks_of(int64_t elements) { return (elements + kBlock - 1) / kBlock; }
+
+// Where the blocks before `block` end among n elements.
+inline int64_t block_end(int64_t block, int64_t n) {
+  return block * kBlock < n ? block * kBlock : n;
+}
+
 inline int threads_for(int64_t elements, int threads) {
   const int64_t useful = elements / kGrain;
   return int(useful < 1 ? 1 : (useful < threads ? useful : threads));
@@ -32,26 +39,12 @@ void parallel_for(int64_t n, int threads, F f) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// f(begin, end) over [0, n), cut at multiples of kBlock, one range per thread.
-template <class F>
-void parallel_ranges(int64_t n, int threads, F f) {
-  if (threads <= 1) {
-    if (n > 0) f(int64_t(0), n);
-    return;
-  }
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  parallel_for(threads, threads, [&](int64_t t) {
-    const int64_t begin = blocks * t / threads * kBlock;
-    const int64_t end = blocks * (t + 1) / threads * kBlock;
-    if (begin < n) f(begin, end < n ? end : n);
-  });
-}
-
 // An uninitialised array; std::vector would instantiate code that instruction sets could share.
 template <class E>
 struct Buffer {
-  explicit Buffer(int64_t n) : data(static_cast<E*>(malloc(sizeof(E) * size_t(n > 0 ? n : 1)))) {
-    if (!data) throw std::bad_alloc();
+  explicit Buffer(int64_t n)
+      : data(n > 0 ? static_cast<E*>(malloc(sizeof(E) * size_t(n))) : nullptr) {
+    if (n > 0 && !data) throw std::bad_alloc();
   }
   ~Buffer() { free(data); }
   Buffer(const Buffer&) = delete;

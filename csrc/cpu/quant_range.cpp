@@ -8,26 +8,89 @@
 
 namespace qk::cpu::QK_ISA {
 
+// What the passes over the units of one call share.
 template <class T, class C>
-void mean_abs_channels(const T* x, const Layout& layout, int threads, double* out) {
-  const Units units(layout);
-  const int64_t per_channel = units.per_channel();
-  Buffer<double> partial(units.count());
-  parallel_for(units.count(), threads, [&](int64_t u) {
-    C buffer[Units::kElements];
-    const Unit unit = units[u];
-    const C* row = gather(x, unit, units.stride(), buffer);
-    const int64_t n = unit.rows * unit.length;
-    partial[units.slot(u)] =
-        lane_sum<double>(n, [row](int64_t i) { return double(qk_abs(row[i])); });
-  });
-  const int64_t elements = layout.outer * layout.inner;
-  for (int64_t c = 0; c < layout.channels; ++c) {
-    double sum = 0;
-    for (int64_t k = 0; k < per_channel; ++k) sum += partial[c * per_channel + k];
-    out[c] = elements ? sum / double(elements) : 0.0;
+class UnitWork : public Work {
+ public:
+  explicit UnitWork(const QuantRangeParams& p) : p(p), units(p.layout) {
+    items = units.count();
+    cost = units.cost();
   }
-}
+
+  void run(int64_t begin, int64_t end) override {
+    C buffer[Units::kElements];
+    for (int64_t u = begin; u < end; ++u) {
+      const Unit unit = units[u];
+      const C* row = gather(static_cast<const T*>(p.x), unit, units.stride(), buffer);
+      see(row, unit.rows * unit.length, unit.channel, units.slot(u));
+    }
+  }
+
+ protected:
+  // n elements of a channel; `slot` is the place of their result among those of all units.
+  virtual void see(const C* row, int64_t n, int64_t channel, int64_t slot) = 0;
+
+  const QuantRangeParams& p;
+  const Units units;
+};
+
+// Bounds of every channel; for empty channels {0, 0}.
+template <class T, class C>
+class MinMaxWork final : public UnitWork<T, C> {
+ public:
+  MinMaxWork(const QuantRangeParams& p, Range<C>* ranges)
+      : UnitWork<T, C>(p), ranges(ranges), partial(this->units.count()) {}
+
+  bool next() override {
+    const int64_t per_channel = this->units.per_channel();
+    for (int64_t c = 0; c < this->p.layout.channels; ++c) {
+      Range<C> r = per_channel ? partial[c * per_channel] : Range<C>{C(0), C(0)};
+      for (int64_t k = 1; k < per_channel; ++k) {
+        r.lo = qk_min(r.lo, partial[c * per_channel + k].lo);
+        r.hi = qk_max(r.hi, partial[c * per_channel + k].hi);
+      }
+      ranges[c] = r;
+    }
+    return false;
+  }
+
+ private:
+  void see(const C* row, int64_t n, int64_t, int64_t slot) override {
+    partial[slot] = minmax(row, n);
+  }
+
+  Range<C>* ranges;
+  Buffer<Range<C>> partial;
+};
+
+// LSQ's scale from the mean of |x| of every channel and its zero point.
+template <class T, class C>
+class LsqScaleWork final : public UnitWork<T, C> {
+ public:
+  explicit LsqScaleWork(const QuantRangeParams& p)
+      : UnitWork<T, C>(p), partial(this->units.count()) {}
+
+  bool next() override {
+    const QuantRangeParams& p = this->p;
+    const int64_t per_channel = this->units.per_channel();
+    const int64_t elements = p.layout.outer * p.layout.inner;
+    for (int64_t c = 0; c < p.layout.channels; ++c) {
+      double sum = 0;
+      for (int64_t k = 0; k < per_channel; ++k) sum += partial[c * per_channel + k];
+      const double mean = elements ? sum / double(elements) : 0.0;
+      static_cast<C*>(p.scale)[c] =
+          lsq_scale<C>(mean, p.zero_point[c], p.qmin, p.qmax, p.symmetric);
+    }
+    return false;
+  }
+
+ private:
+  void see(const C* row, int64_t n, int64_t, int64_t slot) override {
+    partial[slot] = lane_sum<double>(n, [row](int64_t i) { return double(qk_abs(row[i])); });
+  }
+
+  Buffer<double> partial;
+};
 
 // The candidates of one channel. Errors are measured in steps of the min-max scale, so that their
 // squares stay far from the ends of the range of C.
@@ -74,51 +137,114 @@ inline int best_candidate(const double* error) {
   return best;
 }
 
+// Replaces each channel's min-max range by the best candidate of the MSE search.
 template <class T, class C>
-void mse_channels(const QuantRangeParams& p, int threads, Range<C>* ranges) {
-  const Units units(p.layout);
-  const int64_t per_channel = units.per_channel();
-  // a channel in one unit is decided there and then; longer ones wait for the sums of all units
-  Buffer<double> errors(per_channel > 1 ? units.count() * kMseCandidates : 0);
-  parallel_for(units.count(), threads, [&](int64_t u) {
-    C buffer[Units::kElements];
-    double local[kMseCandidates] = {};
-    const Unit unit = units[u];
-    const C* row = gather(static_cast<const T*>(p.x), unit, units.stride(), buffer);
-    const Candidates<C> candidates(ranges[unit.channel], p);
-    candidates.add_errors(row, unit.rows * unit.length, local);
-    if (per_channel == 1) {
-      ranges[unit.channel] = mse_candidate(ranges[unit.channel], best_candidate(local));
-    } else {
-      memcpy(errors.data + units.slot(u) * kMseCandidates, local, sizeof(local));
+class MseWork final : public UnitWork<T, C> {
+ public:
+  MseWork(const QuantRangeParams& p, Range<C>* ranges)
+      : UnitWork<T, C>(p),
+        ranges(ranges),
+        errors(this->units.per_channel() > 1 ? this->units.count() * kMseCandidates : 0) {
+    this->cost *= kMseCandidates / 8;  // a candidate is vector arithmetic without memory
+  }
+
+  bool next() override {
+    const int64_t per_channel = this->units.per_channel();
+    for (int64_t c = 0; per_channel > 1 && c < this->p.layout.channels; ++c) {
+      double sum[kMseCandidates] = {};
+      for (int64_t i = 0; i < per_channel; ++i)
+        for (int k = 0; k < kMseCandidates; ++k)
+          sum[k] += errors[(c * per_channel + i) * kMseCandidates + k];
+      ranges[c] = mse_candidate(ranges[c], best_candidate(sum));
     }
-  });
-  for (int64_t c = 0; per_channel > 1 && c < p.layout.channels; ++c) {
-    double sum[kMseCandidates] = {};
-    for (int64_t i = 0; i < per_channel; ++i)
-      for (int k = 0; k < kMseCandidates; ++k)
-        sum[k] += errors[(c * per_channel + i) * kMseCandidates + k];
-    ranges[c] = mse_candidate(ranges[c], best_candidate(sum));
+    return false;
+  }
+
+ private:
+  void see(const C* row, int64_t n, int64_t channel, int64_t slot) override {
+    double local[kMseCandidates] = {};
+    const Candidates<C> candidates(ranges[channel], this->p);
+    candidates.add_errors(row, n, local);
+    // a channel in one unit is decided there and then; longer ones wait for the sums of all units
+    if (this->units.per_channel() == 1) {
+      ranges[channel] = mse_candidate(ranges[channel], best_candidate(local));
+    } else {
+      memcpy(errors.data + slot * kMseCandidates, local, sizeof(local));
+    }
+  }
+
+  Range<C>* ranges;
+  Buffer<double> errors;
+};
+
+// Range, then search if asked for, then scale and zero point; p.range may be null.
+template <class T, class C>
+class RangeWork final : public Chain {
+ public:
+  RangeWork(const QuantRangeParams& p, int64_t share) : p(p), ranges(p.layout.channels) {
+    if (p.method == Method::percentile) {
+      link = percentile_work<T, C>(this->p, share, ranges.data);
+    } else {
+      link = new MinMaxWork<T, C>(this->p, ranges.data);
+    }
+    follow();
+  }
+
+ private:
+  Work* following() override {
+    ++done;
+    if (p.method == Method::mse && done == 1) return new MseWork<T, C>(p, ranges.data);
+    if (p.method == Method::lsq && done == 2) return nullptr;
+    write();
+    return p.method == Method::lsq ? new LsqScaleWork<T, C>(p) : nullptr;
+  }
+
+  void write() {
+    const int64_t channels = p.layout.channels;
+    C* range = static_cast<C*>(p.range);
+    for (int64_t c = 0; c < channels; ++c) {
+      const QParams<C> q = range_to_qparams(ranges[c], C(p.qmin), C(p.qmax), p.symmetric);
+      static_cast<C*>(p.scale)[c] = q.scale;
+      p.zero_point[c] = q.zero_point;
+      if (range) {
+        range[c] = ranges[c].lo;
+        range[channels + c] = ranges[c].hi;
+      }
+    }
+  }
+
+  const QuantRangeParams p;
+  Buffer<Range<C>> ranges;
+  int done = 0;
+};
+
+Work* range_work(const QuantRangeParams& p, int64_t share) {
+  Work* work = nullptr;
+  QK_DISPATCH(p.dtype, work = new RangeWork<T, C>(p, share));
+  return work;
+}
+
+void quant_range(const QuantRangeParams* calls, int64_t count, int threads) {
+  const int64_t share = thread_share(calls, count, threads,
+                                     [](const QuantRangeParams& p) { return p.layout.numel(); });
+  run_list(calls, count, threads,
+           [share](const QuantRangeParams& p) { return range_work(p, share); });
+}
+
+template <class C>
+void qparams_typed(const QParamsParams& p) {
+  const C* range = static_cast<const C*>(p.range);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const Range<C> r = {range[c], range[p.channels + c]};
+    const QParams<C> q = range_to_qparams(r, C(p.qmin), C(p.qmax), p.symmetric);
+    static_cast<C*>(p.scale)[c] = q.scale;
+    p.zero_point[c] = q.zero_point;
   }
 }
 
-void quant_range(const QuantRangeParams& p, int threads) {
-  const int useful = threads_for(p.layout.numel(), threads);
-  QK_DISPATCH(p.dtype, quant_range_typed<T, C>(p, useful));
-}
-
-void qparams(const QParamsParams& p, int) {
-  const auto run = [&p](auto zero) {
-    using C = decltype(zero);
-    const C* range = static_cast<const C*>(p.range);
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const Range<C> r = {range[c], range[p.channels + c]};
-      const QParams<C> q = range_to_qparams(r, C(p.qmin), C(p.qmax), p.symmetric);
-      static_cast<C*>(p.scale)[c] = q.scale;
-      p.zero_point[c] = q.zero_point;
-    }
-  };
-  p.is_double ? run(0.0) : run(0.0f);
+void qparams(const QParamsParams* calls, int64_t count, int) {
+  for (int64_t i = 0; i < count; ++i)
+    calls[i].is_double ? qparams_typed<double>(calls[i]) : qparams_typed<float>(calls[i]);
 }
 
 }  // namespace qk::cpu::QK_ISA

@@ -3,27 +3,45 @@
 #include "cpu/channels.h"
 #include "cpu/convert.h"
 #include "cpu/isa.h"
+#include "cpu/work.h"
 #include "dispatch.h"
 
 namespace qk::cpu::QK_ISA {
 
-// f(i, n, codes) for blocks of rows of `row_size` codes cut at multiples of kBlock within each row,
-// so that a block of packed codes begins on a byte; blocks of a thread lie side by side.
-template <class F>
-void for_blocks(int64_t numel, int64_t row_size, int threads, F f) {
-  if (numel == 0) return;
-  const int64_t per_row = (row_size + kBlock - 1) / kBlock;
-  parallel_for(numel / row_size * per_row, threads, [&](int64_t k) {
-    const int64_t row = k / per_row, begin = k % per_row * kBlock;
-    const int64_t n = row_size - begin < kBlock ? row_size - begin : kBlock;
-    f(row, begin, n);
-  });
-}
+// Rows of `row_size` codes cut at multiples of kBlock within each row, so that a block of packed
+// codes begins on a byte; neighbouring blocks lie side by side.
+struct Blocks {
+  Blocks(int64_t numel, int64_t row_size)
+      : row_size(row_size),
+        per_row(blocks_of(row_size)),
+        count(numel > 0 ? numel / row_size * per_row : 0) {}
 
+  // f(row, begin, n) for the blocks [first, last); begin is counted from the start of the row.
+  template <class F>
+  void each(int64_t first, int64_t last, F f) const {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t begin = k % per_row * kBlock;
+      f(k / per_row, begin, block_end(k % per_row + 1, row_size) - begin);
+    }
+  }
+
+  int64_t row_size, per_row, count;
+};
+
+// f(i, its channel) for n elements from the first-th on.
 template <class C, class F>
-void for_channels(const ChannelTable<C>& table, int64_t first, int64_t n, F f) {
-  for_rows(first, first + n, table.channels, table.inner,
-           [&](int64_t i, int64_t m, int64_t channel) { f(i - first, m, table[channel]); });
+inline void each_element(const ChannelTable<C>& table, int64_t first, int64_t n, F f) {
+  const int64_t cycle = table.channels;
+  if (table.inner == 1) {
+    for_rows(first, first + n, 1, cycle, [&](int64_t i, int64_t m, int64_t) {
+      for (int64_t j = 0; j < m; ++j) f(i - first + j, table[i % cycle + j]);
+    });
+  } else {
+    for_rows(first, first + n, cycle, table.inner, [&](int64_t i, int64_t m, int64_t channel) {
+      const Channel<C> c = table[channel];
+      for (int64_t j = i - first; j < i - first + m; ++j) f(j, c);
+    });
+  }
 }
 
 int64_t packed_bytes(int64_t codes, int pack) { return (codes * pack + 7) / 8; }
@@ -46,31 +64,49 @@ void write_packed(const int32_t* code, int64_t n, uint8_t* dst, int pack) {
   }
 }
 
-int64_t quantize(const QuantizeParams& p, int threads) {
-  const int64_t numel = p.layout.numel();
-  int64_t bad = -1;
-  QK_DISPATCH(p.dtype, {
-    ChannelTable<C> table(p.layout);
-    bad = fill(table, p.quant, p.layout.channels);
-    const int64_t row_size = p.pack ? p.row_size : numel;
-    for_blocks(numel, row_size, threads_for(numel, threads),
-               [&](int64_t row, int64_t b, int64_t n) {
-                 C buffer[kBlock];
-                 int32_t code[kBlock];
-                 const int64_t first = row * row_size + b;
-                 const C* x = load(static_cast<const T*>(p.x) + first, buffer, n);
-                 for_channels(table, first, n, [&](int64_t i, int64_t m, const Channel<C> c) {
-                   for (int64_t j = i; j < i + m; ++j) code[j] = code_value(x[j], c, p.quant.qmin);
-                 });
-                 if (p.pack) {
-                   const int64_t at = row * packed_bytes(row_size, p.pack) + b * p.pack / 8;
-                   write_packed(code, n, static_cast<uint8_t*>(p.codes) + at, p.pack);
-                 } else {
-                   write_codes(code, n, p.codes, first, p.code_bytes);
-                 }
-               });
+template <class T, class C>
+class QuantizeWork final : public Work {
+ public:
+  explicit QuantizeWork(const QuantizeParams& p)
+      : p(p), blocks(p.layout.numel(), p.pack ? p.row_size : p.layout.numel()), table(p.layout) {
+    invalid = fill(table, p.quant, p.layout.channels) >= 0;
+    items = blocks.count;
+    cost = block_end(1, blocks.row_size);
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    blocks.each(begin, end, [this](int64_t row, int64_t b, int64_t n) { run_block(row, b, n); });
+  }
+
+ private:
+  void run_block(int64_t row, int64_t b, int64_t n) {
+    C buffer[kBlock];
+    int32_t code[kBlock];
+    const int64_t first = row * blocks.row_size + b;
+    const int32_t qmin = p.quant.qmin;
+    const C* x = load(static_cast<const T*>(p.x) + first, buffer, n);
+    each_element(table, first, n, [&, qmin](int64_t i, const Channel<C>& c) {
+      code[i] = code_value(x[i], c, qmin);
+    });
+    if (p.pack) {
+      const int64_t at = row * packed_bytes(blocks.row_size, p.pack) + b * p.pack / 8;
+      write_packed(code, n, static_cast<uint8_t*>(p.codes) + at, p.pack);
+    } else {
+      write_codes(code, n, p.codes, first, p.code_bytes);
+    }
+  }
+
+  const QuantizeParams p;
+  const Blocks blocks;
+  ChannelTable<C> table;
+};
+
+int64_t quantize(const QuantizeParams* calls, int64_t count, int threads) {
+  return run_list(calls, count, threads, [](const QuantizeParams& p) {
+    Work* work = nullptr;
+    QK_DISPATCH(p.dtype, work = new QuantizeWork<T, C>(p));
+    return work;
   });
-  return bad;
 }
 
 template <class I>
@@ -84,37 +120,57 @@ void read_codes(const DequantizeParams& p, int64_t at, int64_t n, int32_t* code)
   return p.code_signed ? widen<int8_t>(p.codes, at, n, code) : widen<uint8_t>(p.codes, at, n, code);
 }
 
-int64_t dequantize(const DequantizeParams& p, int threads) {
-  const int64_t numel = p.layout.numel();
-  int64_t bad = -1;
-  QK_DISPATCH(p.dtype, {
-    ChannelTable<C> table(p.layout);
-    bad = fill(table, p.quant, p.layout.channels);
-    const int64_t row_size = p.pack ? p.row_size : numel;
-    for_blocks(
-        numel, row_size, threads_for(numel, threads), [&](int64_t row, int64_t b, int64_t n) {
-          C buffer[kBlock];
-          int32_t code[kBlock];
-          const int64_t first = row * row_size + b;
-          if (p.pack) {
-            const int64_t at = row * packed_bytes(row_size, p.pack) + b * p.pack / 8;
-            const uint8_t* bytes = static_cast<const uint8_t*>(p.codes) + at;
-            const int per_byte = 8 / p.pack;
-            for (int64_t i = 0; i < n; ++i)
-              code[i] =
-                  unpack_code(bytes[i / per_byte], int(i % per_byte), p.pack, p.quant.qmin < 0);
-          } else {
-            read_codes(p, first, n, code);
-          }
-          T* dst = static_cast<T*>(p.y) + first;
-          C* y = stage(dst, buffer);
-          for_channels(table, first, n, [&](int64_t i, int64_t m, const Channel<C> c) {
-            for (int64_t j = i; j < i + m; ++j) y[j] = dequantize_code(code[j], c, p.quant.qmin);
-          });
-          store(dst, buffer, n);
-        });
+void read_packed(const DequantizeParams& p, const uint8_t* bytes, int64_t n, int32_t* code) {
+  const int per_byte = 8 / p.pack;
+  for (int64_t i = 0; i < n; ++i)
+    code[i] = unpack_code(bytes[i / per_byte], int(i % per_byte), p.pack, p.quant.qmin < 0);
+}
+
+template <class T, class C>
+class DequantizeWork final : public Work {
+ public:
+  explicit DequantizeWork(const DequantizeParams& p)
+      : p(p), blocks(p.layout.numel(), p.pack ? p.row_size : p.layout.numel()), table(p.layout) {
+    invalid = fill(table, p.quant, p.layout.channels) >= 0;
+    items = blocks.count;
+    cost = block_end(1, blocks.row_size);
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    blocks.each(begin, end, [this](int64_t row, int64_t b, int64_t n) { run_block(row, b, n); });
+  }
+
+ private:
+  void run_block(int64_t row, int64_t b, int64_t n) {
+    C buffer[kBlock];
+    int32_t code[kBlock];
+    const int64_t first = row * blocks.row_size + b;
+    const int32_t qmin = p.quant.qmin;
+    if (p.pack) {
+      const int64_t at = row * packed_bytes(blocks.row_size, p.pack) + b * p.pack / 8;
+      read_packed(p, static_cast<const uint8_t*>(p.codes) + at, n, code);
+    } else {
+      read_codes(p, first, n, code);
+    }
+    T* dst = static_cast<T*>(p.y) + first;
+    C* y = stage(dst, buffer);
+    each_element(table, first, n, [&, qmin](int64_t i, const Channel<C>& c) {
+      y[i] = dequantize_code(code[i], c, qmin);
+    });
+    store(dst, buffer, n);
+  }
+
+  const DequantizeParams p;
+  const Blocks blocks;
+  ChannelTable<C> table;
+};
+
+int64_t dequantize(const DequantizeParams* calls, int64_t count, int threads) {
+  return run_list(calls, count, threads, [](const DequantizeParams& p) {
+    Work* work = nullptr;
+    QK_DISPATCH(p.dtype, work = new DequantizeWork<T, C>(p));
+    return work;
   });
-  return bad;
 }
 
 }  // namespace qk::cpu::QK_ISA

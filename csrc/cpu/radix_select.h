@@ -71,10 +71,10 @@ inline int64_t find_bin(const Count* histogram, int64_t bins, int64_t& rank) {
   return b;
 }
 
-// Adds the counts of one unit; `shared` if other threads add to them too.
-inline void add_counts(const uint16_t* even, const uint16_t* odd, int64_t* counts, bool shared) {
+// Adds counts to those of all threads, if `shared`.
+inline void add_counts(const uint32_t* from, int64_t* counts, bool shared) {
   const auto add = [=] {
-    for (int64_t b = 0; b < kBins; ++b) counts[b] += int64_t(even[b]) + odd[b];
+    for (int64_t b = 0; b < kBins; ++b) counts[b] += from[b];
   };
   if (!shared) return add();
 #pragma omp critical(qk_add_counts)
@@ -123,6 +123,19 @@ Key select_key(Key* keys, int64_t n, int bits, int64_t rank) {
     keys[j] = key;
   }
   return keys[rank];
+}
+
+// The key that follows `low`, the rank-th of n in any order and not the last: `low` itself if it is
+// there again.
+template <class Key>
+Key successor(const Key* keys, int64_t n, Key low, int64_t rank) {
+  int64_t not_above = 0;
+  Key next = ~Key(0);
+  for (int64_t i = 0; i < n; ++i) {
+    not_above += keys[i] <= low;
+    next = keys[i] > low && keys[i] < next ? keys[i] : next;
+  }
+  return not_above > rank + 1 ? low : next;
 }
 
 }  // namespace qk::cpu::QK_ISA

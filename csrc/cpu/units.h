@@ -18,13 +18,15 @@ struct Unit {
 struct Units {
   static constexpr int64_t kElements = 4096;
 
-  explicit Units(const Layout& layout) : layout(layout) {
-    if (layout.inner >= kElements) {
+  // elements: the most of a unit
+  explicit Units(const Layout& layout, int64_t elements = kElements)
+      : layout(layout), elements(elements) {
+    if (layout.inner >= elements) {
       rows = 1;
       blocks_outer = layout.outer;
-      blocks_inner = (layout.inner + kElements - 1) / kElements;
+      blocks_inner = (layout.inner + elements - 1) / elements;
     } else {
-      rows = kElements / (layout.inner > 0 ? layout.inner : 1);
+      rows = elements / (layout.inner > 0 ? layout.inner : 1);
       blocks_outer = (layout.outer + rows - 1) / rows;
       blocks_inner = 1;
     }
@@ -34,32 +36,55 @@ struct Units {
   int64_t per_channel() const { return blocks_outer * blocks_inner; }
   int64_t count() const { return per_channel() * layout.channels; }
 
-  // Neighbours in u are neighbours in memory; slot() orders them by channel.
-  Unit operator[](int64_t u) const {
-    const int64_t k = u % blocks_inner;
-    const int64_t channel = u / blocks_inner % layout.channels;
-    const int64_t o = u / blocks_inner / layout.channels * rows;
-    const int64_t begin = k * kElements;
-    const int64_t left = layout.inner - begin;
-    return {channel, (o * layout.channels + channel) * layout.inner + begin,
-            layout.outer - o < rows ? layout.outer - o : rows,
-            blocks_inner > 1 && left > kElements ? kElements : left};
-  }
+  // Elements of a unit, on average.
+  int64_t cost() const { return count() > 0 ? layout.numel() / count() : 1; }
 
-  int64_t slot(int64_t u) const {
-    const int64_t k = u % blocks_inner;
-    const int64_t channel = u / blocks_inner % layout.channels;
-    const int64_t o = u / blocks_inner / layout.channels;
-    return (channel * blocks_outer + o) * blocks_inner + k;
-  }
+  // Neighbours in u are neighbours in memory; slot() orders them by channel.
+  Unit operator[](int64_t u) const { return Cursor(*this, u).unit(); }
+  int64_t slot(int64_t u) const { return Cursor(*this, u).slot(); }
+
+  // Goes from unit to unit without the divisions that finding one takes.
+  class Cursor {
+   public:
+    Cursor(const Units& units, int64_t u)
+        : units(units),
+          inner(u % units.blocks_inner),
+          channel(u / units.blocks_inner % units.layout.channels),
+          outer(u / units.blocks_inner / units.layout.channels) {}
+
+    Unit unit() const {
+      const Layout& l = units.layout;
+      const int64_t o = outer * units.rows, begin = inner * units.elements;
+      const int64_t left = l.inner - begin;
+      return {channel, (o * l.channels + channel) * l.inner + begin,
+              l.outer - o < units.rows ? l.outer - o : units.rows,
+              left > units.elements ? units.elements : left};
+    }
+
+    int64_t slot() const {
+      return (channel * units.blocks_outer + outer) * units.blocks_inner + inner;
+    }
+
+    void next() {
+      if (++inner < units.blocks_inner) return;
+      inner = 0;
+      if (++channel < units.layout.channels) return;
+      channel = 0;
+      ++outer;
+    }
+
+   private:
+    const Units& units;
+    int64_t inner, channel, outer;
+  };
 
   int64_t stride() const { return layout.channels * layout.inner; }
 
   Layout layout;
-  int64_t rows, blocks_outer, blocks_inner;
+  int64_t elements, rows, blocks_outer, blocks_inner;
 };
 
-// The elements of a unit side by side, as C; buffer holds kElements.
+// The elements of a unit side by side, as C; buffer holds as many as a unit may have.
 template <class T, class C>
 const C* gather(const T* x, const Unit& unit, int64_t stride, C* buffer) {
   const T* src = x + unit.first;

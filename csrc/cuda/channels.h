@@ -10,7 +10,9 @@ namespace qk::cuda {
 // 2^(bits-1) < d <= 2^bits, multiplier = floor(2^(63+bits) / d) + 1 errs by less than n can show.
 class FastDivision {
  public:
-  explicit FastDivision(int64_t divisor) : divisor_(divisor > 0 ? divisor : 1) {
+  FastDivision() = default;
+  explicit FastDivision(int64_t divisor)
+      : divisor_(divisor > 0 ? divisor : 1), multiplier_(0), shift_(0) {
     int bits = 0;
     while (bits < 63 && (int64_t(1) << bits) < divisor_) ++bits;
     if (bits == 0) return;
@@ -26,14 +28,15 @@ class FastDivision {
 
  private:
   int64_t divisor_;
-  uint64_t multiplier_ = 0;
-  int shift_ = 0;
+  uint64_t multiplier_;
+  int shift_;
 };
 
 // [outer, channels, inner] as rows of `inner` elements; a row belongs to one channel.
 struct Rows {
   FastDivision inner, channels;
 
+  Rows() = default;
   // per tensor there is one row, however long
   explicit Rows(const Layout& l)
       : inner(l.channels == 1 ? l.numel() : l.inner), channels(l.channels) {}
@@ -50,6 +53,7 @@ struct Columns {
   int width;
   int64_t parts, part_rows;
 
+  Columns() = default;
   Columns(const Layout& l, int packet, int64_t parts)
       : outer(l.outer),
         columns(l.channels * l.inner),
@@ -78,6 +82,7 @@ struct ChannelParams {
   bool zero_point_is_int;
   int32_t qmin, qmax;
 
+  ChannelParams() = default;
   explicit ChannelParams(const QuantParams& q)
       : scale(static_cast<const C*>(q.scale)),
         zero_point(q.zero_point),
@@ -96,26 +101,23 @@ struct ChannelParams {
   }
 };
 
-// The channel of the row last asked for; neighbouring elements mostly share it.
-template <class C>
+// The channel of the row last asked for; neighbouring elements mostly share it. `a` holds rows and
+// params.
+template <class C, class Record = Channel<C>>
 class ChannelCursor {
  public:
-  __device__ ChannelCursor(const Rows& rows, const ChannelParams<C>& params)
-      : rows_(rows), params_(params) {}
-
-  __device__ const Channel<C>& at(int64_t row) {
+  template <class Args>
+  __device__ const Record& at(const Args& a, int64_t row) {
     if (row != row_) {
       row_ = row;
-      channel_ = params_[rows_.channel(row)];
+      channel_ = a.params[a.rows.channel(row)];
     }
     return channel_;
   }
 
  private:
-  const Rows& rows_;
-  const ChannelParams<C>& params_;
   int64_t row_ = -1;
-  Channel<C> channel_ = {};
+  Record channel_ = {};
 };
 
 }  // namespace qk::cuda

@@ -1,16 +1,19 @@
+#include "cuda/batch.h"
 #include "cuda/channels.h"
 #include "dispatch.h"
 
 namespace qk::cuda {
 
+// A tile is 2 KB, so that an int counts the tiles of any memory.
 template <class C>
 struct FakeQuantArgs {
   const void* x;
   void* y;
   uint8_t* mask;
-  int64_t numel, tiles;
+  int64_t numel;
   Rows rows;
   ChannelParams<C> params;
+  int tiles;
 };
 
 // Byte `byte` of the mask and its (up to) 8 elements, one by one.
@@ -26,7 +29,7 @@ __device__ void fake_quant_byte(const FakeQuantArgs<C>& a, int64_t byte, Channel
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     if (e >= count) break;
-    const Channel<C>& channel = cursor.at(a.rows.row(first + e));
+    const Channel<C>& channel = cursor.at(a, a.rows.row(first + e));
     const Quantized<C> q = quantize_value<kClipValue>(widen(v[e]), channel);
     static_cast<T*>(a.y)[first + e] = Store<T>::from(dequantize_value(q.q, channel));
     bits |= uint32_t(q.inside) << e;
@@ -41,15 +44,19 @@ __device__ __forceinline__ uint32_t fake_quant_packet(const FakeQuantArgs<C>& a,
                                                       int64_t row, ChannelCursor<C>& cursor) {
   C v[N];
   x.unpack(v);
-  Channel<C> channel = cursor.at(row);
-  int64_t next_row = kStraddle ? (row + 1) * a.rows.inner.divisor() : 0;
+  Channel<C> channel = cursor.at(a, row), after = channel;
+  int left = N;  // elements of the row in the packet
+  if (kStraddle) {
+    const int64_t all_left = (row + 1) * a.rows.inner.divisor() - first;
+    if (all_left < N) {
+      left = int(all_left);
+      after = cursor.at(a, row + 1);
+    }
+  }
   uint32_t bits = 0;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    if (kStraddle && first + e >= next_row) {
-      channel = cursor.at(++row);
-      next_row += a.rows.inner.divisor();
-    }
+    if (kStraddle && e == left) channel = after;
     const Quantized<C> q = quantize_value<kClipValue>(v[e], channel);
     v[e] = dequantize_value(q.q, channel);
     bits |= uint32_t(q.inside) << e;
@@ -59,21 +66,23 @@ __device__ __forceinline__ uint32_t fake_quant_packet(const FakeQuantArgs<C>& a,
 }
 
 // Ideal bytes an element: reads 4, writes 4 + 1/8 in fp32; 2 and 2 + 1/8 in fp16 and bf16. In place
-// (x == y) is allowed. kStraddle: a packet may hold elements of several rows; then packets are read
-// one at a time, to keep the code of the row change small.
+// (x == y) is allowed. kStraddle: a packet may hold elements of two rows; then packets are read one
+// at a time, to keep the code of the row change small.
 template <bool kClipValue, bool kStraddle, class T, class C>
-__global__ void __launch_bounds__(kThreads) fake_quant_kernel(FakeQuantArgs<C> a) {
+__global__ void __launch_bounds__(kThreads)
+    fake_quant_kernel(const __grid_constant__ Batch<FakeQuantArgs<C>> batch) {
   constexpr int N = kVector<T>, kInFlight = kStraddle ? 1 : kTilePackets;
+  const Work work(batch);
   const int lane = threadIdx.x % kWarp;
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = int64_t(gridDim.x) * kThreads;
-  ChannelCursor<C> cursor(a.rows, a.params);
-  for (int64_t tile = thread / kWarp; tile < a.tiles; tile += threads / kWarp) {
-    const int64_t first = tile * kTile<N> + lane * N;
+  ChannelCursor<C> cursor;
+  int tile = work.warp();
+  for (; tile < work->tiles; tile += work.warps()) {
+    const int64_t first = int64_t(tile) * kTile<N> + lane * N;
     const int64_t last = first + (kTilePackets - 1) * kWarp * N;
     uint32_t bits = 0;
 #pragma unroll(kStraddle ? 1 : kTilePackets)
     for (int u = 0; u < kTilePackets; u += kInFlight) {
+      const FakeQuantArgs<C>& a = *work;
       Packet<T, N> x[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k)
@@ -87,44 +96,63 @@ __global__ void __launch_bounds__(kThreads) fake_quant_kernel(FakeQuantArgs<C> a
         bits |= fake_quant_packet<kClipValue, kStraddle>(a, x[k], i, row, cursor) << (u + k) * N;
       }
     }
-    if (a.mask) {
-      reinterpret_cast<MaskWord<N>*>(a.mask)[mask_word_index<N>(tile, lane)] =
+    if (uint8_t* mask = work->mask) {
+      reinterpret_cast<MaskWord<N>*>(mask)[mask_word_index<N>(tile, lane)] =
           MaskWord<N>(transpose_mask<N>(bits, lane));
     }
   }
+  // beyond the tiles the warps go on as they come out of the loop
+  const FakeQuantArgs<C>& a = *work;
+  int64_t byte = int64_t(a.tiles) * (kTile<N> / 8) + int64_t(tile - a.tiles) * kWarp + lane;
 #pragma unroll 1
-  for (int64_t byte = a.tiles * (kTile<N> / 8) + thread; byte * 8 < a.numel; byte += threads)
+  for (; byte * 8 < a.numel; byte += work.warps() * kWarp)
     fake_quant_byte<kClipValue, T>(a, byte, cursor);
 }
+
+template <class C>
+struct FakeQuantColumns {
+  const void* x;
+  void* y;
+  uint8_t* mask;
+  ChannelParams<C> params;
+  Columns columns;
+};
 
 // The same bytes. Neighbours belong to different channels, so a thread keeps those of its columns.
 // A row has whole bytes of the mask.
 template <bool kClipValue, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    fake_quant_columns(FakeQuantArgs<C> a, Columns columns) {
+    fake_quant_columns(const __grid_constant__ Batch<FakeQuantColumns<C>> batch) {
   constexpr int N = kVector<T>, kInFlight = 2;
-  const int height = kThreads / columns.width, wide = columns.width * N;
-  const int x = threadIdx.x % columns.width, y = threadIdx.x / columns.width;
-  const int64_t tiles = (columns.columns + wide - 1) / wide;
-  for (int64_t item = blockIdx.x; item < tiles * columns.parts; item += gridDim.x) {
-    const int64_t part = item / tiles, column = (item - part * tiles) * wide + x * N;
+  const Work work(batch);
+  const int width = work->columns.width, height = kThreads / width, wide = width * N;
+  const int x = threadIdx.x % width, y = threadIdx.x / width;
+  for (int64_t item = work.block;; item += work.blocks) {
+    const FakeQuantColumns<C>& own = *work;
+    const Columns& columns = own.columns;
+    const int64_t tiles = (columns.columns + wide - 1) / wide, part = item / tiles;
+    if (part >= columns.parts) break;
+    const int64_t column = (item - part * tiles) * wide + x * N;
+    const bool inside = column < columns.columns;
     const int64_t begin = part * columns.part_rows, next = begin + columns.part_rows;
     const int64_t end = next < columns.outer ? next : columns.outer;
     Channel<C> channels[N];
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      if (column < columns.columns) channels[e] = a.params[columns.inner.quotient(column + e)];
+      if (inside) channels[e] = own.params[columns.inner.quotient(column + e)];
     // every thread takes every turn, because lanes that share a byte of the mask exchange bits
     for (int64_t start = begin; start < end; start += kInFlight * height) {
+      const FakeQuantColumns<C>& a = *work;
+      const int64_t line = a.columns.columns;
       Packet<T, N> packet[kInFlight];
       const auto row = [&](int u) { return start + u * height + y; };
-      const auto there = [&](int u) { return column < columns.columns && row(u) < end; };
+      const auto there = [&](int u) { return inside && row(u) < end; };
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u)
-        if (there(u)) packet[u] = Packet<T, N>::load(a.x, row(u) * columns.columns + column);
+        if (there(u)) packet[u] = Packet<T, N>::load(a.x, row(u) * line + column);
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
-        const int64_t i = row(u) * columns.columns + column;
+        const int64_t i = row(u) * line + column;
         uint32_t bits = 0;
         if (there(u)) {
           C v[N];
@@ -145,62 +173,104 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+enum class FakeQuantPath { flat, straddle, columns };
+
+static bool vectors(const FakeQuantParams& p) {
+  return aligned(p.x, 16) && aligned(p.y, 16) && aligned(p.mask, 4);
+}
+
+// Elements of a tile of fake_quant_kernel; 0 where a packet could hold more than two rows.
+static int tile_size(const FakeQuantParams& p) {
+  const int n = vector_of(p.dtype);
+  const bool two_rows = p.layout.channels == 1 || p.layout.inner >= n;
+  return vectors(p) && two_rows ? n * kTilePackets * kWarp : 0;
+}
+
+static FakeQuantPath path_of(const FakeQuantParams& p) {
+  const Layout& l = p.layout;
+  if (vectors(p) && Columns::fit(l) && l.channels * l.inner % 8 == 0) return FakeQuantPath::columns;
+  const bool straddle = l.channels > 1 && l.inner % vector_of(p.dtype) != 0;
+  return straddle ? FakeQuantPath::straddle : FakeQuantPath::flat;
+}
+
+template <class C>
+FakeQuantArgs<C> arguments(const FakeQuantParams& p) {
+  const int64_t numel = p.layout.numel();
+  const int tile = tile_size(p), tiles = tile ? int(numel / tile) : 0;
+  return {p.x, p.y, p.mask, numel, Rows(p.layout), ChannelParams<C>(p.quant), tiles};
+}
+
 template <bool kClipValue, class T, class C>
-Error launch_columns(const FakeQuantArgs<C>& args, const Layout& l, Stream stream) {
+Error launch_columns(const std::vector<FakeQuantParams>& calls, Stream stream) {
   constexpr int N = kVector<T>;
   constexpr int64_t kLeastRows = 64;  // of a part, to be worth the reading of the channels
-  const int64_t tiles = Columns::tiles_of(l, N), blocks = int64_t(sm_count()) * 32;
-  const int64_t wanted = ceil_div(blocks, tiles), most = ceil_div(l.outer, kLeastRows);
-  const Columns columns(l, N, wanted < most ? wanted : most);
-  return launch(fake_quant_columns<kClipValue, T, C>, tiles * columns.parts, kThreads, 0, stream,
-                args, columns);
+  Batcher<FakeQuantColumns<C>> batcher(fake_quant_columns<kClipValue, T, C>, Grid(), stream);
+  for (const FakeQuantParams& p : calls) {
+    const Layout& l = p.layout;
+    const int64_t tiles = Columns::tiles_of(l, N), most = ceil_div(l.outer, kLeastRows);
+    const int64_t wanted = ceil_div(stream_grid().most_blocks, tiles);
+    const int64_t parts = wanted < most ? wanted : most;
+    batcher.add({p.x, p.y, p.mask, ChannelParams<C>(p.quant), Columns(l, N, parts)}, tiles * parts);
+  }
+  return batcher.finish();
+}
+
+template <bool kClipValue, bool kStraddle, class T, class C>
+Error launch_rows(const std::vector<FakeQuantParams>& calls, Stream stream) {
+  Batcher<FakeQuantArgs<C>> batcher(fake_quant_kernel<kClipValue, kStraddle, T, C>, stream_grid(),
+                                    stream);
+  for (const FakeQuantParams& p : calls) {
+    const int tile = tile_size(p);
+    batcher.add(arguments<C>(p), blocks_for(ceil_div(p.layout.numel(), tile ? tile : 8 * kWarp)));
+  }
+  return batcher.finish();
 }
 
 template <bool kClipValue, class T, class C>
-Error launch_typed(const FakeQuantParams& p, Stream stream) {
-  constexpr int N = kVector<T>;
-  const int64_t numel = p.layout.numel();
-  const bool vectors = aligned(p.x, 16) && aligned(p.y, 16) && aligned(p.mask, 4);
-  const FakeQuantArgs<C> args = {p.x,
-                                 p.y,
-                                 p.mask,
-                                 numel,
-                                 vectors ? numel / kTile<N> : 0,
-                                 Rows(p.layout),
-                                 ChannelParams<C>(p.quant)};
-  if (vectors && Columns::fit(p.layout) && p.layout.channels * p.layout.inner % 8 == 0)
-    return launch_columns<kClipValue, T>(args, p.layout, stream);
-  const bool straddle = p.layout.channels > 1 && p.layout.inner % N != 0;
-  const auto kernel = straddle ? fake_quant_kernel<kClipValue, true, T, C>
-                               : fake_quant_kernel<kClipValue, false, T, C>;
-  const int64_t warps = vectors ? ceil_div(numel, kTile<N>) : ceil_div(numel, 8 * kWarp);
-  return launch(kernel, stream_blocks(warps), kThreads, 0, stream, args);
+Error launch_typed(const std::vector<FakeQuantParams>& calls, Stream stream) {
+  switch (path_of(calls[0])) {
+    case FakeQuantPath::columns:
+      return launch_columns<kClipValue, T, C>(calls, stream);
+    case FakeQuantPath::straddle:
+      return launch_rows<kClipValue, true, T, C>(calls, stream);
+    default:
+      return launch_rows<kClipValue, false, T, C>(calls, stream);
+  }
 }
 
-Error launch_fake_quant(const FakeQuantParams& p, Stream stream) {
-  if (p.layout.numel() == 0) return 0;
-  QK_DISPATCH(p.dtype, return p.clip_value ? launch_typed<true, T, C>(p, stream)
-                                           : launch_typed<false, T, C>(p, stream));
-  return int(cudaErrorInvalidValue);
+Error launch_fake_quant(const FakeQuantParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const FakeQuantParams& p) {
+    if (p.layout.numel() == 0) return -1;
+    return (int(p.dtype) * 2 + p.clip_value) * 3 + int(path_of(p));
+  };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<FakeQuantParams>& group) {
+    QK_DISPATCH(group[0].dtype, return group[0].clip_value
+                                           ? launch_typed<true, T, C>(group, stream)
+                                           : launch_typed<false, T, C>(group, stream));
+    return int(cudaErrorInvalidValue);
+  });
 }
 
 struct FakeQuantBwdArgs {
   const void* grad;
   const uint8_t* mask;
   void* grad_x;
-  int64_t numel, tiles;
+  int64_t numel;
+  int tiles;
 };
 
 // Ideal bytes an element: reads 4 + 1/8, writes 4 in fp32. Elements pass as bits, so T is an
 // unsigned integer of the dtype's size.
 template <class T>
-__global__ void __launch_bounds__(kThreads) fake_quant_bwd_kernel(FakeQuantBwdArgs a) {
+__global__ void __launch_bounds__(kThreads)
+    fake_quant_bwd_kernel(const __grid_constant__ Batch<FakeQuantBwdArgs> batch) {
   constexpr int N = kVector<T>;
+  const Work work(batch);
   const int lane = threadIdx.x % kWarp;
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = int64_t(gridDim.x) * kThreads;
-  for (int64_t tile = thread / kWarp; tile < a.tiles; tile += threads / kWarp) {
-    const int64_t first = tile * kTile<N> + lane * N;
+  int tile = work.warp();
+  for (; tile < work->tiles; tile += work.warps()) {
+    const FakeQuantBwdArgs& a = *work;
+    const int64_t first = int64_t(tile) * kTile<N> + lane * N;
     const uint32_t word =
         reinterpret_cast<const MaskWord<N>*>(a.mask)[mask_word_index<N>(tile, lane)];
     Packet<T, N> grad[kTilePackets];
@@ -208,41 +278,51 @@ __global__ void __launch_bounds__(kThreads) fake_quant_bwd_kernel(FakeQuantBwdAr
     for (int u = 0; u < kTilePackets; ++u)
       grad[u] = Packet<T, N>::load(a.grad, first + u * kWarp * N);
     const uint32_t bits = transpose_mask<N>(word, lane);
+    void* grad_x = work->grad_x;
 #pragma unroll
     for (int u = 0; u < kTilePackets; ++u) {
       T v[N];
       grad[u].elements(v);
 #pragma unroll
       for (int e = 0; e < N; ++e) v[e] &= T(0) - T(bits >> (u * N + e) & 1);
-      Packet<T, N>::of(v).store(a.grad_x, first + u * kWarp * N);
+      Packet<T, N>::of(v).store(grad_x, first + u * kWarp * N);
     }
   }
+  const FakeQuantBwdArgs& a = *work;
+  int64_t i = int64_t(a.tiles) * kTile<N> + int64_t(tile - a.tiles) * kWarp + lane;
 #pragma unroll 1
-  for (int64_t i = a.tiles * kTile<N> + thread; i < a.numel; i += threads) {
+  for (; i < a.numel; i += work.warps() * kWarp) {
     const bool inside = a.mask[i / 8] >> (i % 8) & 1;
     static_cast<T*>(a.grad_x)[i] = inside ? static_cast<const T*>(a.grad)[i] : T(0);
   }
 }
 
 template <class T>
-Error launch_bwd_typed(const FakeQuantBwdParams& p, Stream stream) {
-  const bool vectors = aligned(p.grad, 16) && aligned(p.grad_x, 16) && aligned(p.mask, 4);
+Error launch_bwd_typed(const std::vector<FakeQuantBwdParams>& calls, Stream stream) {
   constexpr int tile = kTile<kVector<T>>;
-  const FakeQuantBwdArgs args = {p.grad, p.mask, p.grad_x, p.numel, vectors ? p.numel / tile : 0};
-  const int64_t warps = ceil_div(p.numel, vectors ? tile : kWarp);
-  return launch(fake_quant_bwd_kernel<T>, stream_blocks(warps), kThreads, 0, stream, args);
+  Batcher<FakeQuantBwdArgs> batcher(fake_quant_bwd_kernel<T>, stream_grid(), stream);
+  for (const FakeQuantBwdParams& p : calls) {
+    const bool vectors = aligned(p.grad, 16) && aligned(p.grad_x, 16) && aligned(p.mask, 4);
+    batcher.add({p.grad, p.mask, p.grad_x, p.numel, vectors ? int(p.numel / tile) : 0},
+                blocks_for(ceil_div(p.numel, vectors ? tile : kWarp)));
+  }
+  return batcher.finish();
 }
 
-Error launch_fake_quant_bwd(const FakeQuantBwdParams& p, Stream stream) {
-  if (p.numel == 0) return 0;
-  switch (p.dtype) {
-    case DType::f64:
-      return launch_bwd_typed<uint64_t>(p, stream);
-    case DType::f32:
-      return launch_bwd_typed<uint32_t>(p, stream);
-    default:
-      return launch_bwd_typed<uint16_t>(p, stream);
-  }
+Error launch_fake_quant_bwd(const FakeQuantBwdParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const FakeQuantBwdParams& p) {
+    return p.numel == 0 ? -1 : vector_of(p.dtype);
+  };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<FakeQuantBwdParams>& group) {
+    switch (group[0].dtype) {
+      case DType::f64:
+        return launch_bwd_typed<uint64_t>(group, stream);
+      case DType::f32:
+        return launch_bwd_typed<uint32_t>(group, stream);
+      default:
+        return launch_bwd_typed<uint16_t>(group, stream);
+    }
+  });
 }
 
 }  // namespace qk::cuda

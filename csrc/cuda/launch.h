@@ -18,24 +18,20 @@ int sm_count();  // of the current device
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks for that many warps of work.
+inline int64_t blocks_for(int64_t warps) { return ceil_div(warps, kThreads / kWarp); }
+
 template <class... Expected, class... Args>
 Error launch(void (*kernel)(Expected...), int64_t blocks, int threads, size_t shared_bytes,
-             Stream stream, Args... args) {
+             Stream stream, const Args&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks < INT32_MAX ? blocks : INT32_MAX));
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Expected(args)...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error != cudaSuccess) (void)cudaGetLastError();  // reported here, so not again by others
   return int(error);
-}
-
-// Blocks for `warps` warps of work that a grid-stride loop shares out: enough to fill the machine
-// several times over, so that its last round costs little.
-inline int64_t stream_blocks(int64_t warps) {
-  const int64_t needed = ceil_div(warps, kThreads / kWarp), most = int64_t(sm_count()) * 32;
-  return needed < most ? needed : most;
 }
 
 // A block's shared memory as one struct; the launch gives sizeof(S) bytes.

@@ -66,21 +66,30 @@ struct LsqOp {
 };
 
 template <class T, class C, bool kClipValue>
-Error launch_typed(const LsqBwdParams& p, Stream stream) {
-  const LsqOp<T, C, kClipValue> op = {p.grad,
-                                      p.x,
-                                      p.grad_x,
-                                      static_cast<C*>(p.grad_s),
-                                      static_cast<C*>(p.grad_zp),
-                                      p.grad_scale,
-                                      ChannelParams<C>(p.quant)};
-  return launch_reduction(op, p.layout, p.workspace, stream);
+Error launch_typed(const std::vector<LsqBwdParams>& calls, Stream stream) {
+  using Op = LsqOp<T, C, kClipValue>;
+  std::vector<Reduction<Op>> reductions;
+  for (const LsqBwdParams& p : calls) {
+    const Op op = {p.grad,
+                   p.x,
+                   p.grad_x,
+                   static_cast<C*>(p.grad_s),
+                   static_cast<C*>(p.grad_zp),
+                   p.grad_scale,
+                   ChannelParams<C>(p.quant)};
+    reductions.push_back({op, p.layout, p.workspace});
+  }
+  return launch_reductions(reductions, stream);
 }
 
-Error launch_lsq_bwd(const LsqBwdParams& p, Stream stream) {
-  QK_DISPATCH(p.dtype, return p.clip_value ? launch_typed<T, C, true>(p, stream)
-                                           : launch_typed<T, C, false>(p, stream));
-  return int(cudaErrorInvalidValue);
+Error launch_lsq_bwd(const LsqBwdParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const LsqBwdParams& p) { return int(p.dtype) * 2 + p.clip_value; };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<LsqBwdParams>& group) {
+    QK_DISPATCH(group[0].dtype, return group[0].clip_value
+                                           ? launch_typed<T, C, true>(group, stream)
+                                           : launch_typed<T, C, false>(group, stream));
+    return int(cudaErrorInvalidValue);
+  });
 }
 
 size_t lsq_bwd_workspace(DType, const Layout& layout) {

@@ -11,6 +11,7 @@ namespace qk::cuda {
 // elements in 16 bytes
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
+inline int vector_of(DType dtype) { return dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8; }
 
 // Conversions in one instruction where the machine has one; equal to math/half.h for every value (a
 // NaN stays one, with other payload bits).
@@ -77,7 +78,17 @@ struct Packet {
   }
 
   __device__ void store(void* base, int64_t element) const {
-    *reinterpret_cast<Words*>(static_cast<T*>(base) + element) = words;
+    T* to = static_cast<T*>(base) + element;
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(Words) == 16) {
+      // written out, because the compiler sometimes stores the words one by one
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                   "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                   : "memory");
+      return;
+    }
+#endif
+    *reinterpret_cast<Words*>(to) = words;
   }
 
   __device__ void elements(T (&v)[N]) const { memcpy(v, &words, sizeof(words)); }

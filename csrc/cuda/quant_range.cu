@@ -61,16 +61,25 @@ struct RangeOp {
   }
 };
 
+// Without elements every method gives the range [0, 0].
+static Method method_of(const QuantRangeParams& p) {
+  return p.layout.numel() > 0 ? p.method : Method::minmax;
+}
+
 size_t minmax_workspace(DType dtype, const Layout& layout) {
   const size_t sum = dtype == DType::f64 ? sizeof(RangeSum<double>) : sizeof(RangeSum<float>);
   return size_t(plan_reduction(layout).partials) * sum;
 }
 
 template <class T, class C>
-Error launch_minmax(const QuantRangeParams& p, Stream stream) {
-  const RangeOp<T, C> op = {p.x, p.layout.outer * p.layout.inner, p.method == Method::lsq,
-                            RangeResult<C>(p)};
-  return launch_reduction(op, p.layout, p.workspace, stream);
+Error launch_minmax(const std::vector<QuantRangeParams>& calls, Stream stream) {
+  std::vector<Reduction<RangeOp<T, C>>> reductions;
+  for (const QuantRangeParams& p : calls) {
+    const RangeOp<T, C> op = {p.x, p.layout.outer * p.layout.inner, p.method == Method::lsq,
+                              RangeResult<C>(p)};
+    reductions.push_back({op, p.layout, p.workspace});
+  }
+  return launch_reductions(reductions, stream);
 }
 
 // The range of the elements into the head of the workspace, then the search from it.
@@ -79,27 +88,34 @@ Error launch_minmax_mse(QuantRangeParams p, Stream stream) {
   void* range = p.range;
   p.range = p.workspace;
   p.workspace = static_cast<C*>(p.workspace) + 2 * p.layout.channels;
-  const Error error = launch_minmax<T, C>(p, stream);
+  const Error error = launch_minmax<T, C>({p}, stream);
   if (error) return error;
   const C* start = static_cast<const C*>(p.range);
   p.range = range;
   return launch_mse<T, C>(p, start, p.workspace, stream);
 }
 
-Error launch_quant_range(const QuantRangeParams& p, Stream stream) {
-  if (p.layout.channels == 0) return 0;
-  const Method method = p.layout.numel() > 0 ? p.method : Method::minmax;
-  QK_DISPATCH(p.dtype, {
-    switch (method) {
-      case Method::percentile:
-        return launch_percentile<T, C>(p, stream);
-      case Method::mse:
-        return launch_minmax_mse<T, C>(p, stream);
-      default:
-        return launch_minmax<T, C>(p, stream);
-    }
+// The searches take tensor after tensor: each is several launches that fill the machine alone.
+template <class T, class C>
+Error launch_range_typed(const std::vector<QuantRangeParams>& calls, Stream stream) {
+  const Method method = method_of(calls[0]);
+  if (method != Method::percentile && method != Method::mse)
+    return launch_minmax<T, C>(calls, stream);
+  Error error = 0;
+  for (size_t k = 0; k < calls.size() && !error; ++k)
+    error = method == Method::mse ? launch_minmax_mse<T, C>(calls[k], stream)
+                                  : launch_percentile<T, C>(calls[k], stream);
+  return error;
+}
+
+Error launch_quant_range(const QuantRangeParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const QuantRangeParams& p) {
+    return p.layout.channels == 0 ? -1 : int(p.dtype) * 4 + int(method_of(p));
+  };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<QuantRangeParams>& group) {
+    QK_DISPATCH(group[0].dtype, return launch_range_typed<T, C>(group, stream));
+    return int(cudaErrorInvalidValue);
   });
-  return int(cudaErrorInvalidValue);
 }
 
 size_t quant_range_workspace(DType dtype, const Layout& layout, Method method) {
@@ -117,29 +133,44 @@ size_t quant_range_workspace(DType dtype, const Layout& layout, Method method) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) qparams_kernel(RangeResult<C> result, const C* range) {
-  const int64_t channels = result.channels, threads = int64_t(gridDim.x) * kThreads;
-  for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < channels; c += threads)
-    result.write(c, {range[c], range[channels + c]});
+struct QParamsArgs {
+  RangeResult<C> result;
+  const C* range;
+};
+
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    qparams_kernel(const __grid_constant__ Batch<QParamsArgs<C>> batch) {
+  const Work work(batch);
+  for (int64_t c = work.thread(); c < work->result.channels; c += work.threads()) {
+    const QParamsArgs<C>& a = *work;
+    a.result.write(c, {a.range[c], a.range[a.result.channels + c]});
+  }
 }
 
 template <class C>
-Error launch_qparams_typed(const QParamsParams& p, Stream stream) {
-  QuantRangeParams q = {};
-  q.layout = {1, p.channels, 1};
-  q.qmin = p.qmin;
-  q.qmax = p.qmax;
-  q.symmetric = p.symmetric;
-  q.scale = p.scale;
-  q.zero_point = p.zero_point;
-  return launch(qparams_kernel<C>, stream_blocks(ceil_div(p.channels, kWarp)), kThreads, 0, stream,
-                RangeResult<C>(q), static_cast<const C*>(p.range));
+Error launch_qparams_typed(const std::vector<QParamsParams>& calls, Stream stream) {
+  Batcher<QParamsArgs<C>> batcher(qparams_kernel<C>, stream_grid(), stream);
+  for (const QParamsParams& p : calls) {
+    QuantRangeParams q = {};
+    q.layout = {1, p.channels, 1};
+    q.qmin = p.qmin;
+    q.qmax = p.qmax;
+    q.symmetric = p.symmetric;
+    q.scale = p.scale;
+    q.zero_point = p.zero_point;
+    batcher.add({RangeResult<C>(q), static_cast<const C*>(p.range)},
+                blocks_for(ceil_div(p.channels, kWarp)));
+  }
+  return batcher.finish();
 }
 
-Error launch_qparams(const QParamsParams& p, Stream stream) {
-  if (p.channels == 0) return 0;
-  return p.is_double ? launch_qparams_typed<double>(p, stream)
-                     : launch_qparams_typed<float>(p, stream);
+Error launch_qparams(const QParamsParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const QParamsParams& p) { return p.channels == 0 ? -1 : p.is_double; };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<QParamsParams>& group) {
+    return group[0].is_double ? launch_qparams_typed<double>(group, stream)
+                              : launch_qparams_typed<float>(group, stream);
+  });
 }
 
 }  // namespace qk::cuda

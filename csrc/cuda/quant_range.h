@@ -16,6 +16,7 @@ struct RangeResult {
   int32_t qmin, qmax;
   bool symmetric;
 
+  RangeResult() = default;
   explicit RangeResult(const QuantRangeParams& p)
       : scale(static_cast<C*>(p.scale)),
         zero_point(p.zero_point),

@@ -1,3 +1,4 @@
+#include "cuda/batch.h"
 #include "cuda/channels.h"
 #include "dispatch.h"
 #include "math/quantize.h"
@@ -28,7 +29,7 @@ __device__ __forceinline__ void for_elements(const CodesArgs<C>& a, int64_t firs
       ++row;
       next_row += a.rows.inner.divisor();
     }
-    f(cursor.at(row), e);
+    f(cursor.at(a, row), e);
   }
 }
 
@@ -46,16 +47,18 @@ __device__ __forceinline__ void quantize_packet(const CodesArgs<C>& a, int64_t f
 
 // Ideal bytes an element: reads 4 in fp32, writes the code's 1, 2 or 4.
 template <class T, class I, class C>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(CodesArgs<C> a) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(const __grid_constant__ Batch<CodesArgs<C>> batch) {
   constexpr int N = kCodes<T, I>;
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = int64_t(gridDim.x) * kThreads;
-  ChannelCursor<C> cursor(a.rows, a.params);
+  const Work work(batch);
+  ChannelCursor<C> cursor;
+  int64_t k = work.thread();
 #pragma unroll 1
-  for (int64_t k = thread; k < a.packets; k += threads) quantize_packet<N, T, I>(a, k * N, cursor);
+  for (; k < work->packets; k += work.threads()) quantize_packet<N, T, I>(*work, k * N, cursor);
+  // beyond the packets the threads go on as they come out of the loop
+  int64_t i = work->packets * N + (k - work->packets);
 #pragma unroll 1
-  for (int64_t i = a.packets * N + thread; i < a.numel; i += threads)
-    quantize_packet<1, T, I>(a, i, cursor);
+  for (; i < work->numel; i += work.threads()) quantize_packet<1, T, I>(*work, i, cursor);
 }
 
 template <int N, class T, class I, class C>
@@ -72,28 +75,34 @@ __device__ __forceinline__ void dequantize_packet(const CodesArgs<C>& a, int64_t
 
 // Ideal bytes an element: reads the code's 1, 2 or 4, writes 4 in fp32.
 template <class T, class I, class C>
-__global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(CodesArgs<C> a) {
+__global__ void __launch_bounds__(kThreads, 4)
+    dequantize_kernel(const __grid_constant__ Batch<CodesArgs<C>> batch) {
   constexpr int N = kCodes<T, I>;
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = int64_t(gridDim.x) * kThreads;
-  ChannelCursor<C> cursor(a.rows, a.params);
+  const Work work(batch);
+  ChannelCursor<C> cursor;
+  int64_t k = work.thread();
 #pragma unroll 1
-  for (int64_t k = thread; k < a.packets; k += threads)
-    dequantize_packet<N, T, I>(a, k * N, cursor);
+  for (; k < work->packets; k += work.threads()) dequantize_packet<N, T, I>(*work, k * N, cursor);
+  // beyond the packets the threads go on as they come out of the loop
+  int64_t i = work->packets * N + (k - work->packets);
 #pragma unroll 1
-  for (int64_t i = a.packets * N + thread; i < a.numel; i += threads)
-    dequantize_packet<1, T, I>(a, i, cursor);
+  for (; i < work->numel; i += work.threads()) dequantize_packet<1, T, I>(*work, i, cursor);
 }
 
-template <class T, class I, class C, class Kernel>
-Error launch_codes(Kernel kernel, const Layout& l, const QuantParams& quant, const void* from,
-                   void* to, Stream stream) {
+// from(call) and to(call): where the kernel reads and writes
+template <class T, class I, class C, class Call, class From, class To>
+Error launch_codes(void (*kernel)(Batch<CodesArgs<C>>), const std::vector<Call>& calls, From from,
+                   To to, Stream stream) {
   constexpr int N = kCodes<T, I>;
-  const bool vectors = aligned(from, 16) && aligned(to, 16);
-  const CodesArgs<C> args = {
-      from, to, l.numel(), vectors ? l.numel() / N : 0, Rows(l), ChannelParams<C>(quant)};
-  const int64_t work = vectors ? ceil_div(l.numel(), N) : l.numel();
-  return launch(kernel, stream_blocks(ceil_div(work, kWarp)), kThreads, 0, stream, args);
+  Batcher<CodesArgs<C>> batcher(kernel, stream_grid(), stream);
+  for (const Call& p : calls) {
+    const int64_t numel = p.layout.numel();
+    const bool vectors = aligned(from(p), 16) && aligned(to(p), 16);
+    batcher.add(
+        {from(p), to(p), numel, vectors ? numel / N : 0, Rows(p.layout), ChannelParams<C>(p.quant)},
+        blocks_for(ceil_div(numel, vectors ? N * kWarp : kWarp)));
+  }
+  return batcher.finish();
 }
 
 // Packed codes: a thread to each 8 codes of a row, which are `pack` whole bytes, or fewer at the
@@ -125,87 +134,110 @@ struct PackedUnit {
 
 // Ideal bytes an element: reads 4 in fp32, writes pack / 8.
 template <class T, class C>
-__global__ void __launch_bounds__(kThreads) pack_kernel(PackedArgs<C> a) {
-  const int64_t threads = int64_t(gridDim.x) * kThreads;
-  ChannelCursor<C> cursor(a.rows, a.params);
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const __grid_constant__ Batch<PackedArgs<C>> batch) {
+  const Work work(batch);
+  ChannelCursor<C> cursor;
 #pragma unroll 1
-  for (int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x; k < a.units; k += threads) {
-    const PackedUnit<C> unit(a, k);
+  for (int64_t k = work.thread(); k < work->units; k += work.threads()) {
+    const PackedUnit<C> unit(*work, k);
     uint32_t word = 0;
     for (int e = 0; e < unit.codes; ++e) {
+      const PackedArgs<C>& a = *work;
       const C v = widen(static_cast<const T*>(a.from)[unit.element + e]);
-      const Channel<C>& channel = cursor.at(a.rows.row(unit.element + e));
+      const Channel<C>& channel = cursor.at(a, a.rows.row(unit.element + e));
       word |= pack_code(code_value(v, channel, a.params.qmin), e, a.pack);
     }
     for (int b = 0; b < unit.bytes; ++b)
-      static_cast<uint8_t*>(a.to)[unit.byte + b] = uint8_t(word >> (8 * b));
+      static_cast<uint8_t*>(work->to)[unit.byte + b] = uint8_t(word >> (8 * b));
   }
 }
 
 // Ideal bytes an element: reads pack / 8, writes 4 in fp32.
 template <class T, class C>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(PackedArgs<C> a) {
-  const int64_t threads = int64_t(gridDim.x) * kThreads;
-  ChannelCursor<C> cursor(a.rows, a.params);
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(const __grid_constant__ Batch<PackedArgs<C>> batch) {
+  const Work work(batch);
+  ChannelCursor<C> cursor;
 #pragma unroll 1
-  for (int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x; k < a.units; k += threads) {
+  for (int64_t k = work.thread(); k < work->units; k += work.threads()) {
+    const PackedArgs<C>& a = *work;
     const PackedUnit<C> unit(a, k);
     uint32_t word = 0;
     for (int b = 0; b < unit.bytes; ++b)
       word |= uint32_t(static_cast<const uint8_t*>(a.from)[unit.byte + b]) << (8 * b);
     for (int e = 0; e < unit.codes; ++e) {
       const int32_t code = unpack_code(word, e, a.pack, a.is_signed);
-      const Channel<C>& channel = cursor.at(a.rows.row(unit.element + e));
+      const Channel<C>& channel = cursor.at(a, a.rows.row(unit.element + e));
       static_cast<T*>(a.to)[unit.element + e] =
           Store<T>::from(dequantize_code(code, channel, a.params.qmin));
     }
   }
 }
 
-template <class C, class Params>
-Error launch_packed(void (*kernel)(PackedArgs<C>), const Params& p, const void* from, void* to,
-                    Stream stream) {
-  const int64_t row_bytes = (p.row_size * p.pack + 7) / 8, row_units = ceil_div(p.row_size, 8);
-  const int64_t units = p.layout.numel() / p.row_size * row_units;
-  const PackedArgs<C> args = {
-      from,  to,     p.row_size,       row_bytes,      row_units,
-      units, p.pack, p.quant.qmin < 0, Rows(p.layout), ChannelParams<C>(p.quant)};
-  return launch(kernel, stream_blocks(ceil_div(units, kWarp)), kThreads, 0, stream, args);
+template <class C, class Call, class From, class To>
+Error launch_packed(void (*kernel)(Batch<PackedArgs<C>>), const std::vector<Call>& calls, From from,
+                    To to, Stream stream) {
+  Batcher<PackedArgs<C>> batcher(kernel, stream_grid(), stream);
+  for (const Call& p : calls) {
+    const int64_t row_bytes = (p.row_size * p.pack + 7) / 8, row_units = ceil_div(p.row_size, 8);
+    const int64_t units = p.layout.numel() / p.row_size * row_units;
+    batcher.add({from(p), to(p), p.row_size, row_bytes, row_units, units, p.pack, p.quant.qmin < 0,
+                 Rows(p.layout), ChannelParams<C>(p.quant)},
+                blocks_for(ceil_div(units, kWarp)));
+  }
+  return batcher.finish();
 }
 
 template <class T, class C>
-Error launch_quantize_typed(const QuantizeParams& p, Stream stream) {
-  if (p.pack) return launch_packed<C>(pack_kernel<T, C>, p, p.x, p.codes, stream);
+Error launch_quantize_typed(const std::vector<QuantizeParams>& calls, Stream stream) {
+  const auto from = [](const QuantizeParams& p) { return p.x; };
+  const auto to = [](const QuantizeParams& p) { return p.codes; };
+  if (calls[0].pack) return launch_packed<C>(pack_kernel<T, C>, calls, from, to, stream);
   const auto run = [&](auto code) {
     using I = decltype(code);
-    return launch_codes<T, I, C>(quantize_kernel<T, I, C>, p.layout, p.quant, p.x, p.codes, stream);
+    return launch_codes<T, I, C>(quantize_kernel<T, I, C>, calls, from, to, stream);
   };
   // the low bytes of a code are the same for signed and unsigned types
-  return p.code_bytes == 1 ? run(uint8_t{}) : p.code_bytes == 2 ? run(int16_t{}) : run(int32_t{});
-}
-
-Error launch_quantize(const QuantizeParams& p, Stream stream) {
-  if (p.layout.numel() == 0) return 0;
-  QK_DISPATCH(p.dtype, return launch_quantize_typed<T, C>(p, stream));
-  return int(cudaErrorInvalidValue);
+  const int bytes = calls[0].code_bytes;
+  return bytes == 1 ? run(uint8_t{}) : bytes == 2 ? run(int16_t{}) : run(int32_t{});
 }
 
 template <class T, class C>
-Error launch_dequantize_typed(const DequantizeParams& p, Stream stream) {
-  if (p.pack) return launch_packed<C>(unpack_kernel<T, C>, p, p.codes, p.y, stream);
+Error launch_dequantize_typed(const std::vector<DequantizeParams>& calls, Stream stream) {
+  const auto from = [](const DequantizeParams& p) { return p.codes; };
+  const auto to = [](const DequantizeParams& p) { return p.y; };
+  if (calls[0].pack) return launch_packed<C>(unpack_kernel<T, C>, calls, from, to, stream);
   const auto run = [&](auto code) {
     using I = decltype(code);
-    return launch_codes<T, I, C>(dequantize_kernel<T, I, C>, p.layout, p.quant, p.codes, p.y,
-                                 stream);
+    return launch_codes<T, I, C>(dequantize_kernel<T, I, C>, calls, from, to, stream);
   };
-  if (p.code_bytes == 1) return p.code_signed ? run(int8_t{}) : run(uint8_t{});
-  return p.code_bytes == 2 ? run(int16_t{}) : run(int32_t{});
+  const int bytes = calls[0].code_bytes;
+  if (bytes == 1) return calls[0].code_signed ? run(int8_t{}) : run(uint8_t{});
+  return bytes == 2 ? run(int16_t{}) : run(int32_t{});
 }
 
-Error launch_dequantize(const DequantizeParams& p, Stream stream) {
-  if (p.layout.numel() == 0) return 0;
-  QK_DISPATCH(p.dtype, return launch_dequantize_typed<T, C>(p, stream));
-  return int(cudaErrorInvalidValue);
+// Calls of one kernel: codes of 1, 2 or 4 bytes, or packed (0).
+template <class Call>
+int codes_kind(const Call& p, bool is_signed) {
+  if (p.layout.numel() == 0) return -1;
+  return (int(p.dtype) * 5 + (p.pack ? 0 : p.code_bytes)) * 2 + (is_signed && !p.pack);
+}
+
+Error launch_quantize(const QuantizeParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const QuantizeParams& p) { return codes_kind(p, false); };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<QuantizeParams>& group) {
+    QK_DISPATCH(group[0].dtype, return launch_quantize_typed<T, C>(group, stream));
+    return int(cudaErrorInvalidValue);
+  });
+}
+
+Error launch_dequantize(const DequantizeParams* calls, int64_t count, Stream stream) {
+  const auto kind_of = [](const DequantizeParams& p) { return codes_kind(p, p.code_signed); };
+  return for_kinds(calls, count, kind_of, [&](const std::vector<DequantizeParams>& group) {
+    QK_DISPATCH(group[0].dtype, return launch_dequantize_typed<T, C>(group, stream));
+    return int(cudaErrorInvalidValue);
+  });
 }
 
 }  // namespace qk::cuda

@@ -6,11 +6,14 @@
 //   Type, Sum             element type; what is summed: Sum() is empty, merge(Sum) adds
 //   Context               constants of a channel: context(channel)
 //   Loaded<N>, load<N>(i) the N elements from index i on
-//   add<kStep>(loaded, i, contexts, sums)  element e goes to sums[e * kStep] under contexts[e *
-//   kStep] finish(channel, sum)  writes the result aligned()             16-byte accesses are
-//   allowed
+//   add<kStep>(loaded, i, contexts, sums)  element e goes to sums[e * kStep] under
+//                         contexts[e * kStep]
+//   finish(channel, sum)  writes the result
+//   aligned()             16-byte accesses are allowed
+// It is an argument of the kernel and must be copied and left uninitialised at no cost.
 #pragma once
 
+#include "cuda/batch.h"
 #include "cuda/channels.h"
 
 namespace qk::cuda {
@@ -46,13 +49,45 @@ inline ReducePlan plan_reduction(const Layout& layout) {
   return {false, width, 1, 0};
 }
 
-template <class Sum>
-struct ReduceRowsArgs {
+// One call: its plan, and the kernel that takes the first pass.
+template <class Op>
+struct Reduction {
+  using Sum = typename Op::Sum;
+  enum Path { rows, rows_vector, columns, columns_vector, no_elements, no_channels };
+  static constexpr int kRowVector = kVector<typename Op::Type>;
+  // four elements at most, to keep their channels and sums in registers
+  static constexpr int kColumnVector = kRowVector < 4 ? kRowVector : 4;
+
+  Op op;
+  Layout layout;
   Sum* partial;
+  ReducePlan plan;
+  Path path;
+
+  Reduction(const Op& op, const Layout& l, void* workspace)
+      : op(op), layout(simplest(l)), partial(static_cast<Sum*>(workspace)) {
+    path = no_channels;
+    if (layout.channels == 0) return;
+    path = no_elements;
+    if (layout.numel() == 0) return;
+    plan = plan_reduction(layout);
+    const int64_t line = layout.channels * layout.inner;
+    if (plan.columns)
+      path = op.aligned() && line % kColumnVector == 0 ? columns_vector : columns;
+    else
+      path = op.aligned() && (layout.channels == 1 || layout.inner % kRowVector == 0) ? rows_vector
+                                                                                      : rows;
+  }
+};
+
+template <class Op>
+struct ReduceRowsArgs {
+  Op op;
+  typename Op::Sum* partial;
   int64_t channels, n;  // n elements of each channel, in rows of inner
   FastDivision inner;
-  int width;
-  int64_t parts, packets, part_packets;
+  int width, parts;
+  int64_t part_packets;
 
   // index in memory of a channel's element
   __device__ int64_t index(int64_t channel, int64_t element) const {
@@ -61,106 +96,131 @@ struct ReduceRowsArgs {
   }
 };
 
+// `count` packets of a channel from `begin` on, every width-th of them from `lane` on.
 template <class Op, int N>
-__device__ __forceinline__ void add_packets(const Op& op, const ReduceRowsArgs<typename Op::Sum>& a,
-                                            int64_t channel, int64_t begin, int64_t end,
+__device__ __forceinline__ void add_packets(const Work<ReduceRowsArgs<Op>>& work, int64_t channel,
+                                            int64_t begin, int lane, int count,
                                             const typename Op::Context& context,
                                             typename Op::Sum& sum) {
   constexpr int kInFlight = 4;
-  for (int64_t k = begin; k < end; k += kInFlight * a.width) {
+  for (int k = lane; k < count; k += kInFlight * work->width) {
     typename Op::template Loaded<N> loaded[kInFlight];
     int64_t at[kInFlight];
+    const int step = work->width;
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      at[u] = a.index(channel, (k + u * a.width) * N);
-      if (k + u * a.width < end) loaded[u] = op.template load<N>(at[u]);
+      at[u] = work->index(channel, (begin + k + u * step) * N);
+      if (k + u * step < count) loaded[u] = work->op.template load<N>(at[u]);
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u)
-      if (k + u * a.width < end) op.template add<0>(loaded[u], at[u], &context, &sum);
+      if (k + u * step < count) work->op.template add<0>(loaded[u], at[u], &context, &sum);
   }
 }
 
-// `width` threads to each part of each channel: some lanes of a warp, or the block.
+// `width` threads to each part of each channel: some lanes of a warp, or the block. An int counts
+// the packets of a part: where it is long, there are thousands.
 template <class Op, int N>
-__global__ void __launch_bounds__(kThreads) reduce_rows(Op op, ReduceRowsArgs<typename Op::Sum> a) {
+__global__ void __launch_bounds__(kThreads)
+    reduce_rows(const __grid_constant__ Batch<ReduceRowsArgs<Op>> batch) {
   using Sum = typename Op::Sum;
   struct Shared {
     Sum scratch[kWarp];
   };
-  const int lane = threadIdx.x % a.width, per_block = kThreads / a.width;
-  const int64_t items = a.channels * a.parts;
-  for (int64_t first = int64_t(blockIdx.x) * per_block; first < items;
-       first += int64_t(gridDim.x) * per_block) {
-    const int64_t item = first + threadIdx.x / a.width;
-    const int64_t channel = a.parts == 1 ? item : item / a.parts, part = item - channel * a.parts;
+  const Work work(batch);
+  const int width = work->width, lane = threadIdx.x % width, per_block = kThreads / width;
+  for (int64_t first = int64_t(work.block) * per_block;;
+       first += int64_t(work.blocks) * per_block) {
+    const int64_t item = first + threadIdx.x / width, items = work->channels * work->parts;
+    if (first >= items) break;
     Sum sum;
     if (item < items) {
-      const typename Op::Context context = op.context(channel);
-      const int64_t begin = part * a.part_packets, next = begin + a.part_packets;
-      const int64_t end = next < a.packets ? next : a.packets;
-      add_packets<Op, N>(op, a, channel, begin + lane, end, context, sum);
-      const int64_t tail = a.packets * N + lane;
-      if (part == a.parts - 1 && tail < a.n) {
-        const int64_t i = a.index(channel, tail);
-        op.template add<0>(op.template load<1>(i), i, &context, &sum);
+      const ReduceRowsArgs<Op>& a = *work;
+      const int64_t channel = a.parts == 1 ? item : item / a.parts;
+      const int part = int(item - channel * a.parts);
+      const typename Op::Context context = a.op.context(channel);
+      const int64_t begin = part * a.part_packets, left = a.n / N - begin;
+      const int count = int(left < a.part_packets ? left : a.part_packets);
+      add_packets<Op, N>(work, channel, begin, lane, count, context, sum);
+      if (N > 1 && part == work->parts - 1) {
+        const ReduceRowsArgs<Op>& b = *work;
+        const int64_t tail = b.n / N * N + lane;
+        const int64_t i = b.index(channel, tail);
+        if (tail < b.n) b.op.template add<0>(b.op.template load<1>(i), i, &context, &sum);
       }
     }
-    if (a.width == kThreads)
+    if (width == kThreads)
       reduce_block(sum, shared<Shared>().scratch);
     else
-      reduce_lanes(sum, a.width);
+      reduce_lanes(sum, width);
     if (item < items && lane == 0) {
-      if (a.parts == 1)
-        op.finish(channel, sum);
+      if (work->parts == 1)
+        work->op.finish(item, sum);
       else
-        a.partial[item] = sum;
+        work->partial[item] = sum;
     }
-    if (a.width == kThreads) __syncthreads();
+    if (width == kThreads) __syncthreads();
   }
 }
 
-// partial: [parts, columns]
+template <class Op>
+struct ReduceColumnsArgs {
+  Op op;
+  typename Op::Sum* partial;  // [parts, columns]
+  Columns cut;
+};
+
+template <class Sum, int N>
+struct ColumnsShared {
+  Sum sums[kThreads * N];
+  int64_t first, to;  // column of the block's first one, and where its sum goes
+};
+
 template <class Op, int N>
 __global__ void __launch_bounds__(kThreads)
-    reduce_columns(Op op, Columns a, typename Op::Sum* partial) {
+    reduce_columns(const __grid_constant__ Batch<ReduceColumnsArgs<Op>> batch) {
   using Sum = typename Op::Sum;
   constexpr int kInFlight = 2;
-  struct Shared {
-    Sum sums[kThreads * N];
-  };
-  Sum* sums_of_block = shared<Shared>().sums;
-  const int height = kThreads / a.width, wide = a.width * N;
-  const int x = threadIdx.x % a.width, y = threadIdx.x / a.width;
-  const int64_t tiles = (a.columns + wide - 1) / wide;
-  for (int64_t item = blockIdx.x; item < tiles * a.parts; item += gridDim.x) {
-    const int64_t part = item / tiles, first = (item - part * tiles) * wide, column = first + x * N;
-    const int64_t begin = part * a.part_rows, next = begin + a.part_rows;
-    const int64_t end = next < a.outer ? next : a.outer;
+  ColumnsShared<Sum, N>& s = shared<ColumnsShared<Sum, N>>();
+  const Work work(batch);
+  for (int64_t item = work.block;; item += work.blocks) {
+    const ReduceColumnsArgs<Op>& a = *work;
+    const int width = a.cut.width, height = kThreads / width, wide = width * N;
+    const int x = threadIdx.x % width, y = threadIdx.x / width;
+    const int64_t tiles = (a.cut.columns + wide - 1) / wide, part = item / tiles;
+    if (part >= a.cut.parts) break;
+    const int64_t first = (item - part * tiles) * wide, column = first + x * N;
+    const int64_t begin = part * a.cut.part_rows, left = a.cut.outer - begin;
+    const int rows = int(left < a.cut.part_rows ? left : a.cut.part_rows);
+    const int64_t origin = begin * a.cut.columns + column;
+    if (threadIdx.x == 0) {
+      s.first = first;
+      s.to = part * a.cut.columns + first;
+    }
     Sum sums[N];
-    if (column < a.columns) {
+    if (column < a.cut.columns) {
       typename Op::Context contexts[N];
 #pragma unroll
-      for (int e = 0; e < N; ++e) contexts[e] = op.context(a.inner.quotient(column + e));
-      for (int64_t row = begin + y; row < end; row += kInFlight * height) {
+      for (int e = 0; e < N; ++e) contexts[e] = a.op.context(a.cut.inner.quotient(column + e));
+      for (int row = y; row < rows; row += kInFlight * height) {
+        const auto at = [&](int u) { return origin + (row + u * height) * work->cut.columns; };
         typename Op::template Loaded<N> loaded[kInFlight];
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u)
-          if (row + u * height < end)
-            loaded[u] = op.template load<N>((row + u * height) * a.columns + column);
+          if (row + u * height < rows) loaded[u] = work->op.template load<N>(at(u));
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u)
-          if (row + u * height < end)
-            op.template add<1>(loaded[u], (row + u * height) * a.columns + column, contexts, sums);
+          if (row + u * height < rows) work->op.template add<1>(loaded[u], at(u), contexts, sums);
       }
     }
 #pragma unroll
-    for (int e = 0; e < N; ++e) sums_of_block[y * wide + x * N + e] = sums[e];
+    for (int e = 0; e < N; ++e) s.sums[threadIdx.x * N + e] = sums[e];
     __syncthreads();
-    if (int(threadIdx.x) < wide && first + threadIdx.x < a.columns) {
-      Sum sum = sums_of_block[threadIdx.x];
-      for (int r = 1; r < height; ++r) sum.merge(sums_of_block[r * wide + threadIdx.x]);
-      partial[part * a.columns + first + threadIdx.x] = sum;
+    const int line = work->cut.width * N;
+    if (int(threadIdx.x) < line && s.first + threadIdx.x < work->cut.columns) {
+      Sum sum = s.sums[threadIdx.x];
+      for (int r = line; r < kThreads * N; r += line) sum.merge(s.sums[r + threadIdx.x]);
+      work->partial[s.to + threadIdx.x] = sum;
     }
     __syncthreads();
   }
@@ -168,83 +228,90 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp to each channel adds its partial sums: `run` neighbours in each of `runs` lines of
 // partial, which are `line` apart.
-template <class Sum>
+template <class Op>
 struct ReducePartialsArgs {
-  const Sum* partial;
+  Op op;
+  const typename Op::Sum* partial;
   int64_t channels, line;
   int run, runs;
 };
 
 template <class Op>
 __global__ void __launch_bounds__(kThreads)
-    reduce_partials(Op op, ReducePartialsArgs<typename Op::Sum> a) {
+    reduce_partials(const __grid_constant__ Batch<ReducePartialsArgs<Op>> batch) {
+  const Work work(batch);
   const int lane = threadIdx.x % kWarp;
-  const int64_t warps = int64_t(gridDim.x) * (kThreads / kWarp);
-  for (int64_t channel = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
-       channel < a.channels; channel += warps) {
+  for (int64_t channel = work.thread() / kWarp; channel < work->channels;
+       channel += work.threads() / kWarp) {
     typename Op::Sum sum;
-    for (int e = lane; e < a.run * a.runs; e += kWarp)
+    for (int e = lane; e < work->run * work->runs; e += kWarp) {
+      const ReducePartialsArgs<Op>& a = *work;
       sum.merge(a.partial[(e / a.run) * a.line + channel * a.run + e % a.run]);
+    }
     reduce_lanes(sum, kWarp);
-    if (lane == 0) op.finish(channel, sum);
+    if (lane == 0) work->op.finish(channel, sum);
   }
 }
 
-template <class Op>
-Error launch_partials(const Op& op, const ReducePartialsArgs<typename Op::Sum>& args,
-                      Stream stream) {
-  const int64_t blocks = ceil_div(args.channels, kThreads / kWarp);
-  return launch(reduce_partials<Op>, blocks, kThreads, 0, stream, op, args);
-}
-
 template <class Op, int N>
-Error launch_columns(const Op& op, const Layout& l, const ReducePlan& plan, void* workspace,
-                     Stream stream) {
-  using Sum = typename Op::Sum;
-  Sum* partial = static_cast<Sum*>(workspace);
-  const Columns columns(l, N, plan.parts);
-  const int64_t blocks = Columns::tiles_of(l, N) * plan.parts;
-  const Error error = launch(reduce_columns<Op, N>, blocks, kThreads, kThreads * N * sizeof(Sum),
-                             stream, op, columns, partial);
-  if (error) return error;
-  return launch_partials(op, {partial, l.channels, columns.columns, int(l.inner), int(plan.parts)},
-                         stream);
-}
-
-template <class Op, int N>
-Error launch_rows(const Op& op, const Layout& l, const ReducePlan& plan, void* workspace,
+Error launch_rows(const std::vector<Reduction<Op>>& calls, typename Reduction<Op>::Path path,
                   Stream stream) {
-  using Sum = typename Op::Sum;
-  Sum* partial = static_cast<Sum*>(workspace);
-  const int64_t n = l.outer * l.inner, packets = n / N;
-  const ReduceRowsArgs<Sum> args = {partial,    l.channels, n,       FastDivision(l.inner),
-                                    plan.width, plan.parts, packets, ceil_div(packets, plan.parts)};
-  const int64_t blocks = ceil_div(l.channels * plan.parts, kThreads / plan.width);
-  const Error error =
-      launch(reduce_rows<Op, N>, blocks, kThreads, kWarp * sizeof(Sum), stream, op, args);
-  if (error || plan.parts == 1) return error;
-  return launch_partials(op, {partial, l.channels, 0, int(plan.parts), 1}, stream);
+  const Grid grid = {kThreads, kWarp * sizeof(typename Op::Sum)};
+  Batcher<ReduceRowsArgs<Op>> batcher(reduce_rows<Op, N>, grid, stream);
+  for (const Reduction<Op>& r : calls) {
+    if (r.path != path) continue;
+    const Layout& l = r.layout;
+    const int64_t n = l.outer * l.inner, parts = r.plan.parts;
+    batcher.add({r.op, r.partial, l.channels, n, FastDivision(l.inner), r.plan.width, int(parts),
+                 ceil_div(n / N, parts)},
+                ceil_div(l.channels * parts, kThreads / r.plan.width));
+  }
+  return batcher.finish();
 }
 
-// The results of all channels; a channel without elements gets finish(Sum()).
-template <class Op>
-Error launch_reduction(const Op& op, const Layout& layout, void* workspace, Stream stream) {
-  using Type = typename Op::Type;
-  const Layout l = simplest(layout);
-  if (l.channels == 0) return 0;
-  if (l.numel() == 0) return launch_partials(op, {nullptr, l.channels, 0, 1, 0}, stream);
-  const ReducePlan plan = plan_reduction(l);
-  if (plan.columns) {
-    // four elements at most, to keep their channels and sums in registers
-    constexpr int N = kVector<Type> < 4 ? kVector<Type> : 4;
-    return op.aligned() && l.channels * l.inner % N == 0
-               ? launch_columns<Op, N>(op, l, plan, workspace, stream)
-               : launch_columns<Op, 1>(op, l, plan, workspace, stream);
+template <class Op, int N>
+Error launch_columns(const std::vector<Reduction<Op>>& calls, typename Reduction<Op>::Path path,
+                     Stream stream) {
+  const Grid grid = {kThreads, sizeof(ColumnsShared<typename Op::Sum, N>)};
+  Batcher<ReduceColumnsArgs<Op>> batcher(reduce_columns<Op, N>, grid, stream);
+  for (const Reduction<Op>& r : calls) {
+    if (r.path != path) continue;
+    batcher.add({r.op, r.partial, Columns(r.layout, N, r.plan.parts)},
+                Columns::tiles_of(r.layout, N) * r.plan.parts);
   }
-  constexpr int N = kVector<Type>;
-  return op.aligned() && (l.channels == 1 || l.inner % N == 0)
-             ? launch_rows<Op, N>(op, l, plan, workspace, stream)
-             : launch_rows<Op, 1>(op, l, plan, workspace, stream);
+  return batcher.finish();
+}
+
+// A channel without elements gets finish(Sum()).
+template <class Op>
+Error launch_partials(const std::vector<Reduction<Op>>& calls, Stream stream) {
+  using R = Reduction<Op>;
+  Batcher<ReducePartialsArgs<Op>> batcher(reduce_partials<Op>, Grid(), stream);
+  for (const R& r : calls) {
+    const Layout& l = r.layout;
+    const int64_t blocks = blocks_for(l.channels);
+    if (r.path == R::no_elements)
+      batcher.add({r.op, nullptr, l.channels, 0, 1, 0}, blocks);
+    else if (r.path == R::columns || r.path == R::columns_vector)
+      batcher.add(
+          {r.op, r.partial, l.channels, l.channels * l.inner, int(l.inner), int(r.plan.parts)},
+          blocks);
+    else if (r.path != R::no_channels && r.plan.parts > 1)
+      batcher.add({r.op, r.partial, l.channels, 0, int(r.plan.parts), 1}, blocks);
+  }
+  return batcher.finish();
+}
+
+// The results of all channels of all calls: up to four kernels for the elements, then one for the
+// partial sums. The bits of a result do not depend on the rest of the list.
+template <class Op>
+Error launch_reductions(const std::vector<Reduction<Op>>& calls, Stream stream) {
+  using R = Reduction<Op>;
+  Error error = launch_rows<Op, R::kRowVector>(calls, R::rows_vector, stream);
+  if (!error) error = launch_rows<Op, 1>(calls, R::rows, stream);
+  if (!error) error = launch_columns<Op, R::kColumnVector>(calls, R::columns_vector, stream);
+  if (!error) error = launch_columns<Op, 1>(calls, R::columns, stream);
+  return error ? error : launch_partials(calls, stream);
 }
 
 }  // namespace qk::cuda

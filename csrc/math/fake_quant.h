@@ -38,10 +38,11 @@ struct Quantized {
   bool inside;
 };
 
-template <bool kClipValue, class C>
+// kAnyZero: for those that do not look at the sign of a zero, which costs an addition.
+template <bool kClipValue, bool kAnyZero = false, class C>
 QK_HD Quantized<C> quantize_value(C x, const Channel<C>& c) {
   const C t = x * c.inv;
-  const C r = qk_rint(t);
+  const C r = kAnyZero ? signed_rint(t) : qk_rint(t);
   const C q = qk_clamp(r, c.lo, c.hi);
   const bool inside = kClipValue ? (t >= c.lo && t <= c.hi) : r == q;
   return {t, q, inside};

@@ -39,24 +39,30 @@ template <class C>
 QK_HD C rint_by_shift(C v) {
   const C shift = v < C(0) ? -Limits<C>::exact : Limits<C>::exact;
   const C r = (v + shift) - shift;
-  return (qk_abs(v) < Limits<C>::exact ? r : v) + C(0);
+  return qk_abs(v) < Limits<C>::exact ? r : v;
 }
 
-// Half to even, never -0.0; NaN and infinities come back as they are.
-QK_HD float qk_rint(float v) {
+// Half to even; the zero of a negative number may be -0.0. NaN and infinities come back as they are.
+QK_HD float signed_rint(float v) {
 #if QK_HAS_RINT
-  return rintf(v) + 0.0f;
+  return rintf(v);
 #else
   return rint_by_shift(v);
 #endif
 }
 
-QK_HD double qk_rint(double v) {
+QK_HD double signed_rint(double v) {
 #if QK_HAS_RINT
-  return rint(v) + 0.0;
+  return rint(v);
 #else
   return rint_by_shift(v);
 #endif
+}
+
+// The same, never -0.0.
+template <class C>
+QK_HD C qk_rint(C v) {
+  return signed_rint(v) + C(0);
 }
 
 // NaN in v wins; the order of the comparisons is that of minps / maxps.

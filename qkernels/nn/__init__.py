@@ -4,23 +4,33 @@ model = prepare(model, QConfig.lsq(2, 2))   # its Conv and Linear layers now fak
 calibrate(model, loader)                    # first ranges, or let the first training step do it
 ...                                         # train as before
 torch.save(float_state_dict(model), path)   # the float model's keys
+
+Or float training under the noise of quantization, and its statistics: `attach_noise`, `ErrorEMA`.
 """
 
 from qkernels.nn.calibrate import calibrate
+from qkernels.nn.error_ema import ErrorEMA
 from qkernels.nn.fake_quantize import FakeQuantize
 from qkernels.nn.fold import fold_batchnorm
 from qkernels.nn.layers import QuantLayer
+from qkernels.nn.noise import NoiseHandle, attach_noise, noise_handles
+from qkernels.nn.noise_modules import NoiseSpec
 from qkernels.nn.prepare import float_state_dict, prepare, remove, set_quantization
 from qkernels.nn.qconfig import QConfig, QuantSpec
 
 __all__ = [
+    "ErrorEMA",
     "FakeQuantize",
+    "NoiseHandle",
+    "NoiseSpec",
     "QConfig",
     "QuantLayer",
     "QuantSpec",
+    "attach_noise",
     "calibrate",
     "float_state_dict",
     "fold_batchnorm",
+    "noise_handles",
     "prepare",
     "remove",
     "set_quantization",

@@ -87,8 +87,10 @@ def prepare(model: nn.Module, qconfig: QConfig, *, inplace: bool = False) -> nn.
     return model
 
 
-def quantizable_layers(model: nn.Module) -> list[Layer]:
+def quantizable_layers(model: nn.Module, op: str = "prepare") -> list[Layer]:
     """The layers that `prepare` can quantize, in the order of their registration.
+
+    `op` is what errors and log lines begin with, here and below.
 
     Raises:
         ValueError: there are none.
@@ -101,11 +103,11 @@ def quantizable_layers(model: nn.Module) -> list[Layer]:
             found.setdefault(id(module), Layer(module, [])).names.append(name)
         elif reason is not None:
             left.append(f"{name!r}: {reason}")
-            log.warning("prepare: layer %r stays float: %s", name, reason)
+            log.warning("%s: layer %r stays float: %s", op, name, reason)
     if not found:
         tail = f" (left float: {'; '.join(left[:5])})" if left else ""
         raise ValueError(
-            "prepare: model must have a Conv, ConvTranspose or Linear layer, "
+            f"{op}: model must have a Conv, ConvTranspose or Linear layer, "
             f"got {type(model).__name__} without any{tail}"
         )
     return list(found.values())
@@ -174,20 +176,20 @@ def quantizers(layer: Layer, config: QConfig) -> tuple[FakeQuantize | None, Fake
     return weight, activation
 
 
-def weight_spec(name: str, module: Any, spec: QuantSpec) -> QuantSpec:
+def weight_spec(name: str, module: Any, spec: QuantSpec, op: str = "prepare") -> QuantSpec:
     """spec with the axis of this layer's weight, counted from the front."""
     shape = module.weight.shape
     axis = spec.axis
     if axis is not None:
         if not -len(shape) <= axis < len(shape):
-            _misfit(name, "weight axis", f"in {-len(shape)}..{len(shape) - 1}", axis)
+            _misfit(name, "weight axis", f"in {-len(shape)}..{len(shape) - 1}", axis, op)
         axis %= len(shape)
         if getattr(module, "transposed", False) and axis < 2:
             depthwise = module.groups == module.in_channels
             axis = 0 if depthwise else 1 - axis
     if spec.group_size is not None and shape[1:].numel() % spec.group_size:
         rule = f"a divisor of {shape[1:].numel()} (elements of one weight[0])"
-        _misfit(name, "weight group_size", rule, spec.group_size)
+        _misfit(name, "weight group_size", rule, spec.group_size, op)
     return replace(spec, axis=axis)
 
 
@@ -207,8 +209,8 @@ def input_channels(name: str, module: Any, spec: QuantSpec) -> int:
     return channels
 
 
-def _misfit(name: str, argument: str, rule: str, value: Any) -> None:
-    raise ValueError(f"prepare: {argument} must be {rule} for layer {name!r}, got {value}")
+def _misfit(name: str, argument: str, rule: str, value: Any, op: str = "prepare") -> None:
+    raise ValueError(f"{op}: {argument} must be {rule} for layer {name!r}, got {value}")
 
 
 def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,6 +16,50 @@ from qkernels import numeric
 
 # GPU calls do not wait for the scale to check it, unless the user is looking for a bug
 CHECK_ON_GPU = os.environ.get("QKERNELS_CHECK", "0") == "1"
+
+
+class ListError(Exception):
+    """The error of one call of a list; `named` makes it the user's."""
+
+    def __init__(self, index: int, error: Exception) -> None:
+        super().__init__(index, error)
+        self.index, self.error = index, error
+
+
+def each_call(
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    keywords: Iterable[dict[str, Any]] = repeat({}),
+) -> list[Any]:
+    """function(*args, **keywords) for every call of a list.
+
+    Raises:
+        ListError: the TypeError or ValueError of a call, with its place.
+    """
+    results = []
+    # keywords may go on for ever
+    for i, (args, kw) in enumerate(zip(calls, keywords, strict=False)):
+        try:
+            results.append(function(*args, **kw))
+        except (TypeError, ValueError) as error:
+            raise ListError(i, error) from error
+    return results
+
+
+@contextmanager
+def named(op: str, places: Sequence[int] | None = None) -> Iterator[None]:
+    """Inside, the error of a call says which tensor of the user's list it was about.
+
+    Args:
+        op: the function of qkernels.foreach.
+        places: where the calls stand in the user's list; None: the same order.
+    """
+    try:
+        yield
+    except ListError as failed:
+        place = failed.index if places is None else places[failed.index]
+        text = f"foreach.{op}: tensor {place}: {failed.error}"
+        raise type(failed.error)(text) from failed.error
 
 
 def check_tensor(op: str, name: str, x: Any) -> None:
@@ -73,13 +120,25 @@ def check_params(
     compute = numeric.compute_dtype(x.dtype)
     if scale.dtype is not compute:
         raise TypeError(f"{op}: scale must be {compute} for {x.dtype} x, got {scale.dtype}")
+    if zero_point is not None and zero_point.dtype not in (torch.int32, compute):
+        raise TypeError(
+            f"{op}: zero_point must be torch.int32 or {compute}, got {zero_point.dtype}"
+        )
+    check_entries(op, x, scale, zero_point, axis, group_size)
+
+
+def check_entries(
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None,
+    group_size: int | None,
+) -> None:
+    """What check_params asks besides the dtypes, which as_scale and as_zero_point see to."""
     channels = numeric.channel_count(x.shape, axis, group_size)
     check_param(op, "scale", scale, x, channels)
     if zero_point is not None:
-        if zero_point.dtype is not torch.int32 and zero_point.dtype is not compute:
-            raise TypeError(
-                f"{op}: zero_point must be torch.int32 or {compute}, got {zero_point.dtype}"
-            )
         check_param(op, "zero_point", zero_point, x, channels)
 
 
@@ -88,7 +147,7 @@ def check_param(op: str, name: str, p: Tensor, x: Tensor, channels: int) -> None
     if p.dim() > 1 or p.numel() != channels:
         rule = f"1-D with {channels} entries" if channels != 1 else "0-dim (or one entry)"
         raise ValueError(f"{op}: {name} must be {rule}, got shape {tuple(p.shape)}")
-    if p.device != x.device:
+    if not (p.is_cpu and x.is_cpu) and p.device != x.device:  # the latter takes longer
         raise ValueError(f"{op}: {name} must be on {x.device} like x, got {p.device}")
 
 
@@ -163,6 +222,26 @@ def check_values(op: str, scale: Tensor, zero_point: Tensor | None) -> None:
         )
 
 
+def check_stats(op: str, mean: Tensor | None, std: Tensor, prefix: str = "") -> None:
+    """Raise if a mean is not finite or a std (or noise scale) is negative or not finite.
+
+    On CUDA this would wait for the GPU, so it looks only if QKERNELS_CHECK=1.
+    """
+    if std.is_cuda and not CHECK_ON_GPU:
+        return
+    name = "scale" if mean is None else "std"
+    for what, rule, p in (("mean", "finite", mean), (name, "finite and at least 0", std)):
+        if p is None:
+            continue
+        bad = ~p.isfinite() if what == "mean" else ~((p >= 0) & p.isfinite())
+        if bad.any():
+            channel = int(bad.reshape(-1).nonzero()[0])
+            value = float(p.reshape(-1)[channel])
+            raise ValueError(
+                f"{op}: {prefix}{what} must be {rule}, got {value} at channel {channel}"
+            )
+
+
 def check_choice(op: str, name: str, value: Any, known: tuple[str, ...]) -> None:
     """value must be one of the known names."""
     if value not in known:
@@ -185,11 +264,12 @@ def as_percentile(op: str, method: str, percentile: Any) -> float:
     return float(percentile)
 
 
-def check_number(op: str, name: str, value: Any) -> None:
+def check_number(op: str, name: str, value: Any, rule: str = "a number") -> None:
     """value must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number or None, got {value!r}")
-    if not math.isfinite(value):
+        raise TypeError(f"{op}: {name} must be {rule}, got {value!r}")
+    # not math.isfinite, which torch.compile cannot trace for a number that changes between calls
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
@@ -197,3 +277,17 @@ def check_percentile(op: str, percentile: float) -> None:
     """percentile must be in (50, 100]."""
     if not 50.0 < percentile <= 100.0:
         raise ValueError(f"{op}: percentile must be in (50, 100], got {percentile}")
+
+
+def check_probability(op: str, name: str, p: Any) -> None:
+    """p must be a number in [0, 1]."""
+    check_number(op, name, p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {p}")
+
+
+def check_decay(op: str, decay: Any) -> None:
+    """decay must be a number in [0, 1)."""
+    check_number(op, "decay", decay)
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"{op}: decay must be in [0, 1), got {decay}")

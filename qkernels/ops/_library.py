@@ -7,13 +7,14 @@ kernel of a small tensor (about 6 us in Python), and asks the registry at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels import _registry
+from qkernels.ops._check import each_call, named
 
 LIBRARY = torch.library.Library("qkernels", "DEF")
 _checks: dict[str, Callable[..., None]] = {}
@@ -63,9 +64,35 @@ def traced(x: Tensor) -> bool:
     )
 
 
+def any_traced(xs: Iterable[Tensor]) -> bool:
+    """Whether any of xs is traced; what is not about a tensor is asked once."""
+    watched = _is_compiling() or _dispatch_modes() > 0
+    if watched or _tracing_state() is not None or _functorch_level() is not None:
+        return True
+    return any(type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor() for x in xs)
+
+
 def call(op: str, backend: str, *args: Any, **autograd: Any) -> Any:
     """Run an op: by the dispatcher if traced, else by the registry."""
     if traced(args[0]):
         return _ops[op](*args, backend=backend, **autograd)
+    _checks[op](*args)
+    return _registry.run(op, backend, *args)
+
+
+def check(op: str, *args: Any) -> None:
+    """Raise on arguments that no row could run."""
+    _checks[op](*args)
+
+
+def call_list(op: str, backend: str, calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run an op on a list of calls by the registry; none of them may be traced."""
+    with named(op):
+        each_call(_checks[op], calls)
+        return _registry.run_many(op, backend, calls)
+
+
+def run_checked(op: str, backend: str, *args: Any) -> Any:
+    """Run an op past the dispatcher, with arguments that its schema does not have."""
     _checks[op](*args)
     return _registry.run(op, backend, *args)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, define, traced
-from qkernels.ops.fake_quant_bwd import mask_backward
-from qkernels.ops.fake_quant_dynamic import dynamic_with_grad
-from qkernels.ops.lsq_bwd import lsq_backward
+from qkernels.ops._library import call, check, define, traced
+from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list
+from qkernels.ops.fake_quant_dynamic import Run, dynamic_with_grad
+from qkernels.ops.lsq_bwd import lsq_backward, lsq_backward_list
 
 
 def check_fake_quant(
@@ -58,33 +58,44 @@ define(
 )
 
 
+def kept(
+    args: tuple[Any, ...], learned: bool, y: Tensor, mask: Tensor
+) -> tuple[tuple[Tensor | None, ...], Any]:
+    """(tensors, rest) for the backward: what the LSQ gradient reads, or the mask and its order."""
+    if learned:
+        return args[:3], args[3:]  # x, scale, zero point
+    # the mask is in memory order, which y shares with the dense form of x (groups: row-major)
+    row_major = args[6] is not None or y.is_contiguous()
+    return (mask,), [] if row_major else numeric.memory_order(y)
+
+
+def learned_grads(
+    zero_point: Tensor | None, gx: Tensor, gs: Tensor, gz: Tensor
+) -> tuple[Tensor | None, ...]:
+    """(grad_x, grad_scale, grad_zero_point) from what lsq_bwd returned."""
+    if zero_point is None or not zero_point.is_floating_point():
+        return gx, gs, None
+    return gx, gs, gz.reshape(zero_point.shape)
+
+
 def save(
     ctx: Any, args: tuple[Any, ...], learned: bool, y: Tensor, mask: Tensor, backend: str
 ) -> None:
     """Keep for the backward the mask, or what the LSQ gradient reads."""
     ctx.backend = backend
     ctx.learned = learned
-    if ctx.learned:
-        ctx.save_for_backward(*args[:3])  # x, scale, zero point
-        ctx.rest = args[3:]
-    else:
-        ctx.save_for_backward(mask)
-        # the mask is in memory order, which y shares with the dense form of x (groups: row-major)
-        row_major = args[6] is not None or y.is_contiguous()
-        ctx.order = [] if row_major else numeric.memory_order(y)
+    tensors, ctx.rest = kept(args, learned, y, mask)
+    ctx.save_for_backward(*tensors)
 
 
 def grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """(grad_x, grad_scale, grad_zero_point) from what `save` kept."""
     if not ctx.learned:
         (mask,) = ctx.saved_tensors
-        return mask_backward(grad, mask, ctx.order, ctx.backend), None, None
+        return mask_backward(grad, mask, ctx.rest, ctx.backend), None, None
     x, scale, zero_point = ctx.saved_tensors
     args = (grad, x, scale, zero_point, *ctx.rest, ctx.grad_scale)
-    gx, gs, gz = lsq_backward(*args, backend=ctx.backend)
-    if zero_point is None or not zero_point.is_floating_point():
-        return gx, gs, None
-    return gx, gs, gz.reshape(zero_point.shape)
+    return learned_grads(zero_point, *lsq_backward(*args, backend=ctx.backend))
 
 
 class FakeQuant(torch.autograd.Function):
@@ -121,10 +132,156 @@ def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
 torch.library.register_autograd("qkernels::fake_quant", _op_backward, setup_context=_setup_context)
 
 
+class Plan(NamedTuple):
+    """One tensor of a list: the schema's arguments less the mask, and what its gradient needs."""
+
+    args: tuple[Any, ...]
+    needs_grad: bool
+    learned: bool
+    grad_scale: float
+
+
+class ForeachFakeQuant(torch.autograd.Function):
+    """FakeQuant of a list: one call forward, and one each for masks and learned scales backward.
+
+    Tensors are x, scale and zero point of every plan in turn. What needs no gradient saves nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Run,
+        plans: list[Plan],
+        backend: str,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        results = run([(*p.args, p.needs_grad and not p.learned) for p in plans])
+        saved: list[Tensor | None] = []
+        ctx.each = []
+        for plan, (y, mask) in zip(plans, results, strict=True):
+            if not plan.needs_grad:
+                ctx.each.append(None)
+                continue
+            keep, rest = kept(plan.args, plan.learned, y, mask)
+            ctx.each.append((plan.learned, rest, plan.grad_scale, len(saved)))
+            saved += keep
+        ctx.save_for_backward(*saved)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(y for (y, _), each in zip(results, ctx.each, strict=True) if each is None)
+        )
+        return tuple(y for y, _ in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * (3 * len(grads))
+        straight, learned = [], []  # (place, call)
+        for i, (grad, each) in enumerate(zip(grads, ctx.each, strict=True)):
+            if grad is None or each is None:
+                continue
+            is_learned, rest, grad_scale, at = each
+            if is_learned:
+                learned.append((i, (grad, *saved[at : at + 3], *rest, grad_scale)))
+            else:
+                straight.append((i, (grad, saved[at], rest)))
+        if straight:
+            masked = mask_backward_list([call for _, call in straight], ctx.backend)
+            for (i, _), gx in zip(straight, masked, strict=True):
+                result[3 * i] = gx
+        if learned:
+            found = lsq_backward_list([call for _, call in learned], ctx.backend)
+            for (i, call), three in zip(learned, found, strict=True):
+                result[3 * i : 3 * i + 3] = learned_grads(call[3], *three)
+        return None, None, None, *result
+
+
+def run_plans(plans: list[Plan], backend: str, run: Run) -> list[Tensor]:
+    """fake_quant of a list, with gradients; `run` runs the op on a list of calls."""
+    if not any(p.needs_grad for p in plans):
+        return [y for y, _ in run([(*p.args, False) for p in plans])]
+    tensors = (tensor for p in plans for tensor in p.args[:3])
+    return list(ForeachFakeQuant.apply(run, plans, backend, *tensors))
+
+
 def lsq_grad_scale(x: Tensor, qmax: int, axis: int | None, group_size: int | None) -> float:
     """1 / sqrt(N Qp) of the LSQ paper, N the elements that share one scale, Qp = max(qmax, 1)."""
     n = x.numel() // max(numeric.channel_count(x.shape, axis, group_size), 1)
     return 1.0 / math.sqrt(max(n, 1) * max(qmax, 1))
+
+
+def fake_quant_args(
+    x: Tensor,
+    scale: Tensor | float | None,
+    zero_point: Tensor | int | None,
+    bits: int,
+    axis: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    narrow_range: bool,
+    method: str,
+    percentile: float | None,
+    clip: str,
+) -> tuple[Any, ...]:
+    """The schema's arguments less the mask; without a scale, those of fake_quant_dynamic."""
+    _check.check_tensor("fake_quant", "x", x)
+    qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
+    if axis is not None or group_size is not None:
+        axis = _check.normal_axis("fake_quant", x, axis, group_size)
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
+        p = _check.as_percentile("fake_quant", method, percentile)
+        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
+        return x, qmin, qmax, axis, group_size, symmetric, method, p, clip
+    if method != "minmax" or percentile is not None:
+        _check.as_percentile("fake_quant", method, percentile)
+    scale = _check.as_scale("fake_quant", x, scale)
+    zero_point = _check.as_zero_point("fake_quant", x, zero_point)
+    return x, scale, zero_point, qmin, qmax, axis, group_size, clip
+
+
+def check_rest(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None,
+    group_size: int | None,
+    clip: str,
+) -> None:
+    """What check_fake_quant asks and fake_quant_args did not."""
+    _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
+    _check.check_entries("fake_quant", x, scale, zero_point, axis, group_size)
+
+
+def wanted(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[bool, bool]:
+    """(whether a gradient is wanted, whether it is that of a learned scale or zero point)."""
+    learned = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
+    return torch.is_grad_enabled() and (learned or x.requires_grad), learned
+
+
+def grad_factor(args: tuple[Any, ...], learned: bool, grad_scale: float | None) -> float:
+    """The factor of the gradients of scale and zero point; args are the schema's."""
+    if grad_scale is not None:
+        _check.check_number("fake_quant", "grad_scale", grad_scale, "a number or None")
+        return grad_scale
+    return lsq_grad_scale(args[0], *args[4:7]) if learned else 1.0
+
+
+def list_plan(
+    x: Tensor, scale: Any, zero_point: Any, *, grad_scale: float | None, clip: str, **kw: Any
+) -> tuple[str, Any]:
+    """(op, Plan or the arguments of run_dynamic) of one tensor of a list, for the arguments of
+    `fake_quant`; raises on those that no row could run."""
+    args = fake_quant_args(x, scale, zero_point, clip=clip, **kw)
+    if scale is None:
+        check("fake_quant_dynamic", *args, True)
+        return "fake_quant_dynamic", args
+    check_rest(x, args[1], args[2], args[5], args[6], clip)
+    needs_grad, learned = wanted(x, args[1], args[2])
+    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
+    return "fake_quant", Plan(args, needs_grad, learned, factor)
 
 
 def fake_quant(
@@ -184,36 +341,29 @@ def fake_quant(
             scale or zero_point; a scale that is not positive and finite (checked on the CPU; on
             CUDA such a channel is NaN, and QKERNELS_CHECK=1 checks there too).
     """
-    _check.check_tensor("fake_quant", "x", x)
-    qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
-    if axis is not None or group_size is not None:
-        axis = _check.normal_axis("fake_quant", x, axis, group_size)
+    args = fake_quant_args(
+        x,
+        scale,
+        zero_point,
+        bits,
+        axis,
+        group_size,
+        symmetric,
+        narrow_range,
+        method,
+        percentile,
+        clip,
+    )
     row = _registry.check_backend(backend, "fake_quant: backend") if backend else ""
     if scale is None:
-        if zero_point is not None:
-            raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
-        p = _check.as_percentile("fake_quant", method, percentile)
-        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
-        return dynamic_with_grad(x, qmin, qmax, axis, group_size, symmetric, method, p, clip, row)[
-            0
-        ]
-    if method != "minmax" or percentile is not None:
-        _check.as_percentile("fake_quant", method, percentile)
-    scale = _check.as_scale("fake_quant", x, scale)
-    zero_point = _check.as_zero_point("fake_quant", x, zero_point)
-    args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip)
-    learned = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
-    needs_grad = torch.is_grad_enabled() and (learned or x.requires_grad)
+        return dynamic_with_grad(*args, row)[0]
+    needs_grad, learned = wanted(x, args[1], args[2])
+    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
+    if traced(x):
+        mask = needs_grad and not learned
+        return call("fake_quant", row, *args, mask, grad_scale=factor)[0]
+    check_rest(x, args[1], args[2], args[5], group_size, clip)
     if not needs_grad:
-        return call("fake_quant", row, *args, False)[0]
-    if grad_scale is not None:
-        _check.check_number("fake_quant", "grad_scale", grad_scale)
-    else:
-        grad_scale = lsq_grad_scale(x, qmax, axis, group_size) if learned else 1.0
-    if not traced(x):
-        # the rest of check_fake_quant was asked above
-        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
-        _check.check_params("fake_quant", x, scale, zero_point, axis, group_size)
-        # one tuple: each argument of apply costs
-        return FakeQuant.apply(x, scale, zero_point, (args, learned, grad_scale, row))
-    return call("fake_quant", row, *args, not learned, grad_scale=grad_scale)[0]
+        return _registry.run("fake_quant", row, *args, False)[0]
+    # one tuple: each argument of apply costs
+    return FakeQuant.apply(x, args[1], args[2], (args, learned, factor, row))

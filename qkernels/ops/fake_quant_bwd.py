@@ -9,14 +9,15 @@ from torch import Tensor
 
 from qkernels import numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, define, traced
+from qkernels.ops._library import any_traced, call, call_list, define, traced
 
 
 def check_fake_quant_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> None:
     """Raise on arguments that no row could run."""
     _check.check_tensor("fake_quant_bwd", "grad", grad)
     size = numeric.mask_bytes(grad.numel())
-    if mask.dtype is not torch.uint8 or mask.numel() != size or mask.device != grad.device:
+    apart = not (mask.is_cpu and grad.is_cpu) and mask.device != grad.device  # which takes longer
+    if mask.dtype is not torch.uint8 or mask.numel() != size or apart:
         raise ValueError(
             f"fake_quant_bwd: mask must be {size} bytes of uint8 on {grad.device}, got "
             f"{mask.numel()} of {mask.dtype} on {mask.device}"
@@ -66,6 +67,14 @@ def mask_backward(grad: Tensor, mask: Tensor, order: list[int], backend: str) ->
     if torch.is_grad_enabled() and grad.requires_grad and not traced(grad):
         return MaskGrad.apply(grad, mask, order, backend)
     return call("fake_quant_bwd", backend, grad, mask, order)
+
+
+def mask_backward_list(calls: list[tuple[Tensor, Tensor, list[int]]], backend: str) -> list[Tensor]:
+    """mask_backward of every (grad, mask, order), at once unless the backward is differentiated."""
+    if torch.is_grad_enabled() or any_traced(args[0] for args in calls):
+        return [mask_backward(*args, backend) for args in calls]
+    calls = [(grad, mask.contiguous(), order) for grad, mask, order in calls]
+    return call_list("fake_quant_bwd", backend, calls)
 
 
 def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, define, traced
-from qkernels.ops.fake_quant_bwd import mask_backward
+from qkernels.ops._library import call, check, define, traced
+from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list
 
 
 class FakeQuantized(NamedTuple):
@@ -19,6 +20,10 @@ class FakeQuantized(NamedTuple):
     y: Tensor
     scale: Tensor
     zero_point: Tensor
+
+
+# a list of calls -> their results
+Run = Callable[[list[tuple[Any, ...]]], list[Any]]
 
 
 def check_fake_quant_dynamic(
@@ -97,6 +102,56 @@ class FakeQuantDynamic(torch.autograd.Function):
         return mask_backward(grad, mask, ctx.order, ctx.backend), *(None,) * 9
 
 
+class ForeachFakeQuantDynamic(torch.autograd.Function):
+    """FakeQuantDynamic of a list; what needs no gradient saves nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Run, rests: list[tuple[Any, ...]], backend: str, *xs: Tensor
+    ) -> tuple[Tensor, ...]:
+        needs = [x.requires_grad for x in xs]
+        results = run([(x, *rest, need) for x, rest, need in zip(xs, rests, needs, strict=True)])
+        ys, scales, zps, masks = zip(*results, strict=True)
+        ctx.save_for_backward(*(mask for mask, need in zip(masks, needs, strict=True) if need))
+        ctx.orders = [
+            None if not need else [] if rest[3] is not None else numeric.memory_order(y)
+            for y, rest, need in zip(ys, rests, needs, strict=True)
+        ]
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        fixed = [y for y, need in zip(ys, needs, strict=True) if not need]
+        ctx.mark_non_differentiable(*fixed, *scales, *zps)
+        return *ys, *scales, *zps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        masks = iter(ctx.saved_tensors)
+        result: list[Tensor | None] = [None] * len(ctx.orders)
+        places, calls = [], []
+        for i, (grad, order) in enumerate(zip(grads, ctx.orders, strict=False)):
+            mask = None if order is None else next(masks)
+            if mask is not None and grad is not None:
+                places.append(i)
+                calls.append((grad, mask, order))
+        for i, gx in zip(places, mask_backward_list(calls, ctx.backend), strict=True):
+            result[i] = gx
+        return None, None, None, *result
+
+
+def run_dynamic(
+    calls: list[tuple[Any, ...]], backend: str, run: Run
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(y, scale, zero point) of a list of the schema's checked arguments, less the mask, with
+    gradients; `run` runs the op on a list of calls."""
+    xs = [args[0] for args in calls]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+        return [result[:3] for result in run([(*args, False) for args in calls])]
+    rests = [args[1:] for args in calls]
+    found = ForeachFakeQuantDynamic.apply(run, rests, backend, *xs)
+    n = len(xs)
+    return list(zip(found[:n], found[n : 2 * n], found[2 * n :], strict=True))
+
+
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any
 ) -> None:
@@ -128,6 +183,33 @@ def dynamic_with_grad(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return FakeQuantDynamic.apply(x, *args, backend)
 
 
+def dynamic_args(
+    x: Tensor,
+    bits: int,
+    axis: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    narrow_range: bool,
+    method: str,
+    percentile: float | None,
+    clip: str,
+) -> tuple[Any, ...]:
+    """The schema's arguments less the mask."""
+    op = "fake_quant_dynamic"
+    _check.check_tensor(op, "x", x)
+    qmin, qmax = numeric.code_range(op, bits, symmetric, narrow_range)
+    axis = _check.normal_axis(op, x, axis, group_size)
+    p = _check.as_percentile(op, method, percentile)
+    return x, qmin, qmax, axis, group_size, symmetric, method, p, clip
+
+
+def checked_args(x: Tensor, **kw: Any) -> tuple[Any, ...]:
+    """dynamic_args; raises on those that no row could run."""
+    args = dynamic_args(x, **kw)
+    check("fake_quant_dynamic", *args, True)
+    return args
+
+
 def fake_quant_dynamic(
     x: Tensor,
     *,
@@ -149,11 +231,8 @@ def fake_quant_dynamic(
     Returns:
         FakeQuantized(y, scale, zero_point): y as `fake_quant`, the others as `quant_range`.
     """
-    op = "fake_quant_dynamic"
-    _check.check_tensor(op, "x", x)
-    qmin, qmax = numeric.code_range(op, bits, symmetric, narrow_range)
-    axis = _check.normal_axis(op, x, axis, group_size)
-    p = _check.as_percentile(op, method, percentile)
-    row = _registry.check_backend(backend, f"{op}: backend")
-    args = (qmin, qmax, axis, group_size, symmetric, method, p, clip, row)
-    return FakeQuantized(*dynamic_with_grad(x, *args))
+    args = dynamic_args(
+        x, bits, axis, group_size, symmetric, narrow_range, method, percentile, clip
+    )
+    row = _registry.check_backend(backend, "fake_quant_dynamic: backend")
+    return FakeQuantized(*dynamic_with_grad(*args, row))

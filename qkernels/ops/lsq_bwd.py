@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qkernels import numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, define, traced
+from qkernels.ops._library import any_traced, call, call_list, define, traced
 
 
 def check_lsq_bwd(
@@ -77,3 +77,13 @@ def lsq_backward(grad: Tensor, *args: Any, backend: str) -> tuple[Tensor, Tensor
     if torch.is_grad_enabled() and not traced(grad):
         return LsqBackward.apply(backend, grad, *args)
     return call("lsq_bwd", backend, grad, *args)
+
+
+def lsq_backward_list(
+    calls: list[tuple[Any, ...]], backend: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """lsq_backward of every call, at once unless the backward is differentiated."""
+    if torch.is_grad_enabled() or any_traced(args[0] for args in calls):
+        return [lsq_backward(*args, backend=backend) for args in calls]
+    calls = [(grad, x.resolve_neg(), *rest) for grad, x, *rest in calls]
+    return call_list("lsq_bwd", backend, calls)

@@ -83,6 +83,32 @@ define(
 )
 
 
+def quant_range_args(
+    x: Tensor,
+    bits: int,
+    axis: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    narrow_range: bool,
+    method: str,
+    percentile: float | None,
+) -> tuple[Any, ...]:
+    """The schema's arguments."""
+    _check.check_tensor("quant_range", "x", x)
+    qmin, qmax = numeric.code_range("quant_range", bits, symmetric, narrow_range)
+    axis = _check.normal_axis("quant_range", x, axis, group_size)
+    percentile = _check.as_percentile("quant_range", method, percentile)
+    return x.detach(), qmin, qmax, axis, group_size, symmetric, method, percentile
+
+
+def qparams_args(range: Tensor, bits: int, symmetric: bool, narrow_range: bool) -> tuple[Any, ...]:
+    """The schema's arguments."""
+    qmin, qmax = numeric.code_range("qparams", bits, symmetric, narrow_range)
+    if not isinstance(range, Tensor):
+        raise TypeError(f"qparams: range must be a Tensor, got {type(range).__name__}")
+    return range.detach(), qmin, qmax, symmetric
+
+
 def quant_range(
     x: Tensor,
     *,
@@ -154,12 +180,8 @@ def observe_range(
     For observers that average ranges and turn the average into parameters with `qparams`.
     Arguments and errors as in `quant_range`.
     """
-    _check.check_tensor("quant_range", "x", x)
-    qmin, qmax = numeric.code_range("quant_range", bits, symmetric, narrow_range)
-    axis = _check.normal_axis("quant_range", x, axis, group_size)
-    percentile = _check.as_percentile("quant_range", method, percentile)
+    args = quant_range_args(x, bits, axis, group_size, symmetric, narrow_range, method, percentile)
     row = _registry.check_backend(backend, "quant_range: backend")
-    args = (x.detach(), qmin, qmax, axis, group_size, symmetric, method, percentile)
     return call("quant_range", row, *args)
 
 
@@ -183,8 +205,6 @@ def qparams(
     Raises:
         TypeError, ValueError: dtype or shape of range, bits.
     """
-    qmin, qmax = numeric.code_range("qparams", bits, symmetric, narrow_range)
+    args = qparams_args(range, bits, symmetric, narrow_range)
     row = _registry.check_backend(backend, "qparams: backend")
-    if not isinstance(range, Tensor):
-        raise TypeError(f"qparams: range must be a Tensor, got {type(range).__name__}")
-    return QuantRange(*call("qparams", row, range.detach(), qmin, qmax, symmetric))
+    return QuantRange(*call("qparams", row, *args))

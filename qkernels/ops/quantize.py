@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -121,6 +123,65 @@ def detached(zero_point: Tensor | None) -> Tensor | None:
     return None if zero_point is None else zero_point.detach()
 
 
+def quantize_args(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None,
+    bits: int,
+    axis: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    narrow_range: bool,
+    packed: bool,
+) -> tuple[Any, ...]:
+    """The schema's arguments."""
+    _check.check_tensor("quantize", "x", x)
+    qmin, qmax = numeric.code_range("quantize", bits, symmetric, narrow_range)
+    axis = _check.normal_axis("quantize", x, axis, group_size)
+    scale = _check.as_scale("quantize", x, scale).detach()
+    zero_point = detached(_check.as_zero_point("quantize", x, zero_point))
+    return x.detach(), scale, zero_point, qmin, qmax, axis, group_size, bits if packed else 0
+
+
+def dequantize_args(
+    codes: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None,
+    bits: int,
+    axis: int | None,
+    group_size: int | None,
+    symmetric: bool,
+    packed: bool,
+    size: int | None,
+    dtype: torch.dtype | None,
+) -> tuple[Any, ...]:
+    """The schema's arguments."""
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"dequantize: codes must be a Tensor, got {type(codes).__name__}")
+    qmin, _ = numeric.code_range("dequantize", bits, symmetric, False)
+    # the groups of packed codes are counted in codes, not in bytes: checked with the size below
+    axis = _check.normal_axis("dequantize", codes, axis, None if packed else group_size)
+    if dtype is None:
+        dtype = torch.float32
+        if isinstance(scale, Tensor) and scale.dtype in numeric.FLOAT_DTYPES:
+            dtype = scale.dtype
+    if dtype not in numeric.FLOAT_DTYPES:
+        raise TypeError(
+            f"dequantize: dtype must be float32, float64, float16 or bfloat16, got {dtype}"
+        )
+    like = torch.empty((), dtype=dtype, device=codes.device)
+    scale = _check.as_scale("dequantize", like, scale).detach()
+    zero_point = detached(_check.as_zero_point("dequantize", like, zero_point))
+    pack = bits if packed else 0
+    if pack and size is None and codes.dim():
+        size = codes.shape[-1] * 8 // bits
+    if size is not None and type(size) is not int:
+        raise TypeError(f"dequantize: size must be an int or None, got {size!r}")
+    if size is not None and size < 0:
+        raise ValueError(f"dequantize: size must be at least 0, got {size}")
+    return codes, scale, zero_point, qmin, axis, group_size, pack, size or 0, dtype
+
+
 def quantize(
     x: Tensor,
     scale: Tensor | float,
@@ -150,14 +211,10 @@ def quantize(
     Raises:
         TypeError, ValueError: as in `fake_quant`; packed with other bits or a 0-dim x.
     """
-    _check.check_tensor("quantize", "x", x)
-    qmin, qmax = numeric.code_range("quantize", bits, symmetric, narrow_range)
-    axis = _check.normal_axis("quantize", x, axis, group_size)
+    args = quantize_args(
+        x, scale, zero_point, bits, axis, group_size, symmetric, narrow_range, packed
+    )
     row = _registry.check_backend(backend, "quantize: backend")
-    scale = _check.as_scale("quantize", x, scale).detach()
-    zero_point = detached(_check.as_zero_point("quantize", x, zero_point))
-    pack = bits if packed else 0
-    args = (x.detach(), scale, zero_point, qmin, qmax, axis, group_size, pack)
     return call("quantize", row, *args)
 
 
@@ -190,29 +247,8 @@ def dequantize(
         TypeError: dtype of codes, scale, zero_point or dtype.
         ValueError: the others, as in `fake_quant`; a size that does not fit the bytes.
     """
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"dequantize: codes must be a Tensor, got {type(codes).__name__}")
-    qmin, _ = numeric.code_range("dequantize", bits, symmetric, False)
-    # the groups of packed codes are counted in codes, not in bytes: checked with the size below
-    axis = _check.normal_axis("dequantize", codes, axis, None if packed else group_size)
+    args = dequantize_args(
+        codes, scale, zero_point, bits, axis, group_size, symmetric, packed, size, dtype
+    )
     row = _registry.check_backend(backend, "dequantize: backend")
-    if dtype is None:
-        dtype = torch.float32
-        if isinstance(scale, Tensor) and scale.dtype in numeric.FLOAT_DTYPES:
-            dtype = scale.dtype
-    if dtype not in numeric.FLOAT_DTYPES:
-        raise TypeError(
-            f"dequantize: dtype must be float32, float64, float16 or bfloat16, got {dtype}"
-        )
-    like = torch.empty((), dtype=dtype, device=codes.device)
-    scale = _check.as_scale("dequantize", like, scale).detach()
-    zero_point = detached(_check.as_zero_point("dequantize", like, zero_point))
-    pack = bits if packed else 0
-    if pack and size is None and codes.dim():
-        size = codes.shape[-1] * 8 // bits
-    if size is not None and type(size) is not int:
-        raise TypeError(f"dequantize: size must be an int or None, got {size!r}")
-    if size is not None and size < 0:
-        raise ValueError(f"dequantize: size must be at least 0, got {size}")
-    args = (codes, scale, zero_point, qmin, axis, group_size, pack, size or 0, dtype)
     return call("dequantize", row, *args)

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -15,6 +16,7 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -24,14 +26,14 @@ struct alignas(8) uint2 {
 };
 struct dim3 {
   unsigned x, y, z;
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaError_t = int;
 enum : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum : int { cudaErrorLaunchFailure = 719 };
+enum : int { cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -134,7 +136,8 @@ V atomicOr(V* to, V value) {
 template <class... Expected, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                Args&&... args) {
-  const auto thread = [&] { kernel(Expected(args)...); };
+  const std::tuple<Expected...> coerced(args...);  // as they are at the launch
+  const auto thread = [&] { std::apply(kernel, coerced); };
   using Thread = decltype(thread);
   return shim::run(
       *config, [](void* t) { (*static_cast<Thread*>(t))(); },

@@ -1,4 +1,5 @@
 // Kernels that use every part of the shim, rightly and wrongly, for tests/test_shim_selfcheck.py.
+#include "cuda/batch.h"
 #include "cuda/channels.h"
 
 namespace qk::cuda {
@@ -79,6 +80,11 @@ constexpr Kernel kernels[] = {barrier_sum,
 extern "C" int shim_selfcheck(int kernel, uint32_t* out, size_t shared_bytes) {
   using namespace qk::cuda;
   return launch(kernels[kernel], 1, kThreads, shared_bytes, nullptr, out);
+}
+
+// How a batch cuts its grid
+extern "C" void shim_share_blocks(const int64_t* wanted, int count, int64_t most, int* first) {
+  qk::cuda::share_blocks(wanted, count, most, first);
 }
 
 // n / d by FastDivision, to compare with the machine's division

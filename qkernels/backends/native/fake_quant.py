@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import flat_params, with_strides_of
+from qkernels.backends.native.common import Prepared, flat_params, forms, with_strides_of
 from qkernels.ops._check import check_values
 
 
-def fake_quant(
+def _prepare(
+    target: _native.Target,
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -21,45 +24,49 @@ def fake_quant(
     group_size: int | None,
     clip: str,
     mask: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Prepared:
     """-> (y, mask bytes; empty unless asked for)."""
-    dense, _, layout = numeric.plan(x, axis, group_size)
+    dense, _, (outer, channels, inner) = numeric.plan(x, axis, group_size)
     y = torch.empty_like(dense)
     bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
-    lib, device, handle = _native.target(x)
     s, zp, zp_is_int = flat_params(scale, zero_point)
-    bad = lib.fake_quant(
-        device,
-        handle,
+    fields = (
         DTYPES[x.dtype],
-        *layout,
-        dense.data_ptr(),
-        y.data_ptr(),
-        bits.data_ptr(),
+        outer,
+        channels,
+        inner,
         s.data_ptr(),
-        _native.pointer(zp),
+        0 if zp is None else zp.data_ptr(),
         zp_is_int,
         qmin,
         qmax,
         clip == "value",
+        dense.data_ptr(),
+        y.data_ptr(),
+        bits.data_ptr(),
     )
-    if bad >= 0 or device >= 0:
-        check_values("fake_quant", scale, zero_point)
-    return with_strides_of(x, y, group_size), bits
+    if group_size is not None and dense is not x:
+        return fields, y, (dense, s, zp), lambda: (with_strides_of(x, y), bits)
+    return fields, (y, bits), (dense, s, zp), None
 
 
-def fake_quant_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
-    """grad where the mask is set, else 0."""
+def _prepare_bwd(target: _native.Target, grad: Tensor, mask: Tensor, order: list[int]) -> Prepared:
+    """-> grad where the mask is set, else 0."""
     grad = numeric.to_order(grad, order)
     out = torch.empty_like(grad)
-    lib, device, handle = _native.target(grad)
-    lib.fake_quant_bwd(
-        device,
-        handle,
+    fields = (
         DTYPES[grad.dtype],
         grad.numel(),
         grad.data_ptr(),
         mask.data_ptr(),
         out.data_ptr(),
     )
-    return out
+    return fields, out, grad, None
+
+
+def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, *_: Any) -> None:
+    check_values("fake_quant", scale, zero_point)
+
+
+fake_quant, foreach_fake_quant = forms("fake_quant", _prepare, _check)
+fake_quant_bwd, foreach_fake_quant_bwd = forms("fake_quant_bwd", _prepare_bwd)

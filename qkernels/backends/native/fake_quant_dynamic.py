@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qkernels import _native, numeric
-from qkernels._native import DTYPES
 from qkernels.backends.native.common import (
+    Prepared,
+    forms,
     params_like,
-    range_args,
+    range_fields,
     range_workspace,
     with_strides_of,
 )
 
 
-def fake_quant_dynamic(
+def _prepare(
+    target: _native.Target,
     x: Tensor,
     qmin: int,
     qmax: int,
@@ -26,27 +30,31 @@ def fake_quant_dynamic(
     percentile: float,
     clip: str,
     mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Prepared:
     """-> (y, scale, zero point as int32, mask bytes; empty unless asked for)."""
     dense, _, layout = numeric.plan(x, axis, group_size)
     scale, zp = params_like(x, axis, group_size)
     y = torch.empty_like(dense)
-    numel = x.numel() if mask else 0
-    bits = torch.empty(numeric.mask_bytes(numel), dtype=torch.uint8, device=x.device)
-    lib, device, handle = target = _native.target(x)
+    bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
     scratch = range_workspace(target, x, layout, method)
-    lib.fake_quant_dynamic(
-        device,
-        handle,
-        DTYPES[x.dtype],
-        *layout,
+    fields = (
+        *range_fields(dense, layout, qmin, qmax, symmetric, method, percentile),
         dense.data_ptr(),
         scale.data_ptr(),
         zp.data_ptr(),
+        0,
         scratch.data_ptr(),
-        *range_args(qmin, qmax, symmetric, method, percentile, layout),
+        clip == "value",
         y.data_ptr(),
         bits.data_ptr(),
-        clip == "value",
     )
-    return with_strides_of(x, y, group_size), scale, zp, bits
+    finish = None
+    if group_size is not None and dense is not x:
+
+        def finish() -> Any:
+            return with_strides_of(x, y), scale, zp, bits
+
+    return fields, (y, scale, zp, bits), (dense, scratch), finish
+
+
+fake_quant_dynamic, foreach_fake_quant_dynamic = forms("fake_quant_dynamic", _prepare)

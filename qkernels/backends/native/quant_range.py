@@ -6,32 +6,37 @@ import torch
 from torch import Tensor
 
 from qkernels import _native, numeric
-from qkernels._native import DTYPES
-from qkernels.backends.native.common import params_like, range_args, range_workspace
+from qkernels.backends.native.common import (
+    Prepared,
+    forms,
+    params_like,
+    range_fields,
+    range_workspace,
+)
 
 
-def qparams(range: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _prepare_qparams(
+    target: _native.Target, range: Tensor, qmin: int, qmax: int, symmetric: bool
+) -> Prepared:
     """range [2, ...] -> (scale, zero point as int32)."""
     range = range.contiguous()
-    scale = torch.empty(range.shape[1:], dtype=range.dtype, device=range.device)
-    zp = torch.empty(range.shape[1:], dtype=torch.int32, device=range.device)
-    lib, device, handle = _native.target(range)
-    lib.qparams(
-        device,
-        handle,
+    scale = range.new_empty(range.shape[1:])
+    zp = range.new_empty(range.shape[1:], dtype=torch.int32)
+    fields = (
         range.dtype is torch.float64,
         scale.numel(),
-        range.data_ptr(),
-        scale.data_ptr(),
-        zp.data_ptr(),
         qmin,
         qmax,
         symmetric,
+        range.data_ptr(),
+        scale.data_ptr(),
+        zp.data_ptr(),
     )
-    return scale, zp
+    return fields, (scale, zp), range, None
 
 
-def quant_range(
+def _prepare(
+    target: _native.Target,
     x: Tensor,
     qmin: int,
     qmax: int,
@@ -40,23 +45,22 @@ def quant_range(
     symmetric: bool,
     method: str,
     percentile: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Prepared:
     """-> (scale, zero point as int32, range [2, ...])."""
     dense, _, layout = numeric.plan(x, axis, group_size)
     scale, zp = params_like(x, axis, group_size)
-    bounds = torch.empty((2, *scale.shape), dtype=scale.dtype, device=x.device)
-    lib, device, handle = target = _native.target(x)
+    bounds = scale.new_empty((2, *scale.shape))
     scratch = range_workspace(target, x, layout, method)
-    lib.quant_range(
-        device,
-        handle,
-        DTYPES[x.dtype],
-        *layout,
+    fields = (
+        *range_fields(dense, layout, qmin, qmax, symmetric, method, percentile),
         dense.data_ptr(),
         scale.data_ptr(),
         zp.data_ptr(),
         bounds.data_ptr(),
         scratch.data_ptr(),
-        *range_args(qmin, qmax, symmetric, method, percentile, layout),
     )
-    return scale, zp, bounds
+    return fields, (scale, zp, bounds), (dense, scratch), None
+
+
+qparams, foreach_qparams = forms("qparams", _prepare_qparams)
+quant_range, foreach_quant_range = forms("quant_range", _prepare)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import flat_params, with_strides_of
+from qkernels.backends.native.common import Prepared, flat_params, forms, with_strides_of
 from qkernels.ops._check import check_values
 
 
-def quantize(
+def _prepare(
+    target: _native.Target,
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -20,7 +23,7 @@ def quantize(
     axis: int | None,
     group_size: int | None,
     pack: int,
-) -> Tensor:
+) -> Prepared:
     """-> codes, or packed bytes if pack is 1, 2 or 4."""
     # packed rows follow each other in row-major order, whatever the strides of x
     source = x.contiguous() if pack else x
@@ -30,30 +33,28 @@ def quantize(
         codes = x.new_empty(numeric.packed_shape(x.shape, pack), dtype=torch.uint8)
     else:
         codes = torch.empty_like(dense, dtype=numeric.code_dtype(qmin, qmax))
-    lib, device, handle = _native.target(x)
     s, zp, zp_is_int = flat_params(scale, zero_point)
-    bad = lib.quantize(
-        device,
-        handle,
+    fields = (
         DTYPES[x.dtype],
         *layout,
-        dense.data_ptr(),
-        codes.data_ptr(),
         s.data_ptr(),
-        _native.pointer(zp),
+        0 if zp is None else zp.data_ptr(),
         zp_is_int,
         qmin,
         qmax,
         codes.element_size(),
         pack,
         row_size,
+        dense.data_ptr(),
+        codes.data_ptr(),
     )
-    if bad >= 0 or device >= 0:
-        check_values("quantize", scale, zero_point)
-    return codes if pack else with_strides_of(x, codes, group_size)
+    relaid = group_size is not None and not pack and dense is not x
+    finish = (lambda: with_strides_of(x, codes)) if relaid else None
+    return fields, codes, (dense, s, zp), finish
 
 
-def dequantize(
+def _prepare_dequantize(
+    target: _native.Target,
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -63,7 +64,7 @@ def dequantize(
     pack: int,
     size: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Prepared:
     """-> (code - zp) * scale in dtype; size is the length of the last dim of packed codes."""
     if pack:
         dense = codes.contiguous()
@@ -72,24 +73,34 @@ def dequantize(
     else:
         dense, _, layout = numeric.plan(codes, axis, group_size)
         y = torch.empty_like(dense, dtype=dtype)
-    lib, device, handle = _native.target(codes)
     s, zp, zp_is_int = flat_params(scale, zero_point)
-    bad = lib.dequantize(
-        device,
-        handle,
+    fields = (
         DTYPES[dtype],
         *layout,
-        dense.data_ptr(),
-        y.data_ptr(),
         s.data_ptr(),
-        _native.pointer(zp),
+        0 if zp is None else zp.data_ptr(),
         zp_is_int,
         qmin,
+        0,  # qmax, which codes need no more
         codes.element_size(),
         codes.dtype.is_signed,
         pack,
         size if pack else codes.numel(),
+        dense.data_ptr(),
+        y.data_ptr(),
     )
-    if bad >= 0 or device >= 0:
-        check_values("dequantize", scale, zero_point)
-    return y if pack else with_strides_of(codes, y, group_size)
+    relaid = group_size is not None and not pack and dense is not codes
+    finish = (lambda: with_strides_of(codes, y)) if relaid else None
+    return fields, y, (dense, s, zp), finish
+
+
+def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, *_: Any) -> None:
+    check_values("quantize", scale, zero_point)
+
+
+def _check_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, *_: Any) -> None:
+    check_values("dequantize", scale, zero_point)
+
+
+quantize, foreach_quantize = forms("quantize", _prepare, _check)
+dequantize, foreach_dequantize = forms("dequantize", _prepare_dequantize, _check_dequantize)
