@@ -74,3 +74,32 @@ def bench_foreach_differential_noise(benchmark: Any) -> None:
         },
         rounds=2,
     )
+
+
+def bench_foreach_in_place(benchmark: Any) -> None:
+    """Without results there is no memory to allocate, which for one large tensor is fresh from the
+    system in every call, and for small ones is what they freed before."""
+    weights = [torch.randn(shape) for shape in resnet50_weights()]
+    seeds = list(range(len(weights)))
+    one = torch.randn(sum(w.numel() for w in weights) // 512, 512)
+    scale = torch.tensor(0.1)
+    some = [w.clone() for w in weights[:9]]
+    foreach.uniform_noise(some, scale, seed=seeds[:9], step=2, inplace=True)
+    for got, w, i in zip(some, weights, seeds, strict=False):
+        assert_same(got, qkernels.uniform_noise(w, scale, seed=i, step=2, backend="reference"))
+
+    def loop() -> None:
+        for w, i in zip(weights, seeds, strict=True):
+            qkernels.uniform_noise(w, scale, seed=i, step=2, inplace=True)
+
+    race(
+        benchmark,
+        lambda: foreach.uniform_noise(weights, scale, seed=seeds, step=2, inplace=True),
+        {
+            "one tensor of the same size": lambda: qkernels.uniform_noise(
+                one, scale, seed=1, step=2, inplace=True
+            ),
+            "54 calls": loop,
+        },
+        rounds=5,
+    )

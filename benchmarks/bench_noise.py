@@ -147,8 +147,9 @@ def bench_memory(benchmark: Any) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             call()
         with torch.profiler.profile(profile_memory=True) as profile:
-            y = call()
-        taken = sum(e.self_cpu_memory_usage for e in profile.events()) - y.numel() * 4
+            results = [call()]
+        taken = sum(e.self_cpu_memory_usage for e in profile.events()) - x.numel() * 4
+        results.clear()
         figures[f"{name}: bytes saved for backward"] = str(sum(saved))
         figures[f"{name}: bytes allocated beside the result"] = str(taken)
     benchmark.pedantic(lambda: None, rounds=1)

@@ -1,22 +1,20 @@
-"""The list forms: the bits of single calls, their gradients, what they save, and bad input."""
+"""The list forms: the bits of single calls for any list, row and number of threads; bad input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LARGE_CASES, RANGES, Case, params_for
 from compare import assert_same
 from fences import fenced
-from rows import Runner, params, reference, run, run_list
+from lists import ARGUMENTS, METHODS, Sample, assert_all_same, codes_of, samples
+from rows import Runner, params, run, run_list
 from torch import Tensor
 
 import qkernels
-from qkernels import _native, _registry, foreach, numeric
-
-METHODS = ("minmax", "percentile", "lsq", "mse")
+from qkernels import _native, _registry, foreach
 
 
 @pytest.fixture(params=(1, 2, 7), ids=lambda n: f"{n}threads")
@@ -27,97 +25,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def flat(results: Any) -> list[Tensor]:
-    """The tensors of a result or of a list of results."""
-    if isinstance(results, Tensor):
-        return [results]
-    return [tensor for result in results for tensor in flat(result)]
-
-
-def assert_all_same(got: Any, want: Any, what: str = "result") -> None:
-    for i, (a, b) in enumerate(zip(flat(got), flat(want), strict=True)):
-        assert_same(a, b, f"{what}, tensor {i} of the results")
-
-
-class Sample:
-    """One tensor of a list, and how it is quantized."""
-
-    def __init__(self, i: int, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-        self.i, self.case = i, case
-        self.x = case.tensor(dtype, seed=i, device=device)
-        self.grad = case.tensor(dtype, seed=i + 99, device=device)
-        self.bits, self.symmetric, self.narrow = RANGES[i % len(RANGES)]
-        self.range = numeric.code_range("test", *RANGES[i % len(RANGES)])
-        scale, zp = (p.to(device) for p in params_for(self.x, case, *self.range))
-        # integer, absent and real zero points in turn
-        self.scale, self.zp = scale / 2, (zp, None, zp.to(scale.dtype) + 0.3)[i % 3]
-        self.place = (case.axis, case.group_size)
-        self.clip = numeric.CLIPS[i % 2]
-        self.method = METHODS[i % 3] if case in LARGE_CASES else METHODS[i % 4]
-        self.percentile = 97.3 if self.method == "percentile" else 99.0
-        self.pack = self.bits if self.bits in (1, 2, 4) and self.x.dim() and i % 2 else 0
-
-
-def samples(count: int, large: bool = False, device: str = "cpu") -> list[Sample]:
-    """Every shape, layout and granularity, with the dtypes in turn."""
-    cases = (*CASES, *LARGE_CASES) if large else CASES
-    step = max(len(cases) // count, 1)
-    return [
-        Sample(i, case, DTYPES[(i // 3) % 4], device)
-        for i, case in enumerate(cases)
-        if i % step == 0
-    ]
-
-
-def order_of(s: Sample) -> list[int]:
-    if s.case.group_size is not None:
-        return []
-    return numeric.memory_order(torch.empty_like(s.x)) or []
-
-
-def codes_of(s: Sample) -> Tensor:
-    return reference("quantize", s.x, s.scale, s.zp, *s.range, *s.place, s.pack)
-
-
-def mask_of(s: Sample) -> Tensor:
-    generator = torch.Generator().manual_seed(s.i)
-    size = (numeric.mask_bytes(s.x.numel()),)
-    return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(s.x.device)
-
-
-# op -> the arguments of a row for a sample
-ARGUMENTS: dict[str, Callable[[Sample], tuple[Any, ...]]] = {
-    "fake_quant": lambda s: (s.x, s.scale, s.zp, *s.range, *s.place, s.clip, s.i % 3 > 0),
-    "fake_quant_bwd": lambda s: (s.grad, mask_of(s), order_of(s)),
-    "lsq_bwd": lambda s: (s.grad, s.x, s.scale, s.zp, *s.range, *s.place, s.clip, 0.5),
-    "quant_range": lambda s: (s.x, *s.range, *s.place, s.symmetric, s.method, s.percentile),
-    "qparams": lambda s: (
-        torch.stack((-s.scale, 3 * s.scale), dim=0),
-        *s.range,
-        s.symmetric,
-    ),
-    "fake_quant_dynamic": lambda s: (
-        s.x,
-        *s.range,
-        *s.place,
-        s.symmetric,
-        s.method,
-        s.percentile,
-        s.clip,
-        s.i % 3 > 0,
-    ),
-    "quantize": lambda s: (s.x, s.scale, s.zp, *s.range, *s.place, s.pack),
-    "dequantize": lambda s: (
-        codes_of(s),
-        s.scale,
-        s.zp,
-        s.range[0],
-        *s.place,
-        s.pack,
-        s.x.shape[-1] if s.pack else 0,
-        s.x.dtype,
-    ),
-}
 ROWS = [
     pytest.param(*row.values, op, id=f"{op}-{row.id}", marks=row.marks)
     for op in ARGUMENTS
@@ -237,147 +144,6 @@ def test_one_value_serves_all_tensors() -> None:
     assert_all_same(foreach.fake_quant(xs, 0.3, (2, 2, 2), bits=4), want)
     some = foreach.fake_quant(xs, [0.3, None, None], [2, None, None], bits=4)
     assert_all_same(some, [want[0], *(qkernels.fake_quant(x, bits=4) for x in xs[1:])])
-
-
-# What a list of every kind of gradient is made of: (needs grad: x, scale, zero point)
-KINDS = {
-    "straight": (True, False, False),
-    "learned": (True, True, True),
-    "scale_alone": (False, True, False),
-    "none": (False, False, False),
-    "dynamic": (True, None, None),
-    "dynamic_none": (False, None, None),
-}
-
-
-def leaves(kind: str, i: int) -> list[Tensor | None]:
-    """[x, scale, zero point] of a sample, as leaves that require grad or not."""
-    s = Sample(i, CASES[[6, 11, 13, 18, 20, 8, 22][i % 7]], DTYPES[i % 4])
-    zp = (s.zp if s.zp is not None else torch.zeros_like(s.scale)).to(s.scale.dtype)
-    wants = KINDS[kind]
-    made = [s.x, s.scale, zp] if wants[1] is not None else [s.x, None, None]
-    pairs = zip(made, wants, strict=True)
-    return [t if t is None else t.detach().requires_grad_(w) for t, w in pairs]
-
-
-def mixed() -> tuple[list[list[Tensor | None]], dict[str, list[Any]]]:
-    """A list with every kind of gradient twice, and its keyword arguments."""
-    kinds = [*KINDS, *KINDS]
-    chosen = [CASES[[6, 11, 13, 18, 20, 8, 22][i % 7]] for i in range(len(kinds))]
-    kw = {
-        "bits": [(4, 8, 2)[i % 3] for i in range(len(kinds))],
-        "axis": [c.axis for c in chosen],
-        "group_size": [c.group_size for c in chosen],
-        "clip": [numeric.CLIPS[i % 2] for i in range(len(kinds))],
-        "grad_scale": [(None, 0.5)[i % 2] for i in range(len(kinds))],
-    }
-    return [leaves(kind, i) for i, kind in enumerate(kinds)], kw
-
-
-def one_by_one(tensors: list[list[Tensor | None]], kw: dict[str, list[Any]]) -> list[Tensor]:
-    return [
-        qkernels.fake_quant(*three, **{k: v[i] for k, v in kw.items()})
-        for i, three in enumerate(tensors)
-    ]
-
-
-def at_once(tensors: list[list[Tensor | None]], kw: dict[str, list[Any]]) -> list[Tensor]:
-    xs, scales, zps = (list(column) for column in zip(*tensors, strict=True))
-    return foreach.fake_quant(xs, scales, zps, **kw)
-
-
-def backward(ys: list[Tensor], skip: int | None = None) -> None:
-    """A cotangent of its own for every result that has a gradient."""
-    wanted = [(i, y) for i, y in enumerate(ys) if y.requires_grad and i != skip]
-    cotangents = [
-        torch.linspace(-1, 2, y.numel()).reshape(y.shape).to(y.dtype) * (i + 1) for i, y in wanted
-    ]
-    torch.autograd.backward([y for _, y in wanted], cotangents)
-
-
-def test_gradients_are_those_of_single_calls() -> None:
-    for skip in (None, 1, 4):
-        ours, theirs = mixed(), mixed()
-        got, want = at_once(*ours), one_by_one(*theirs)
-        assert_all_same([y.detach() for y in got], [y.detach() for y in want])
-        assert [y.requires_grad for y in got] == [y.requires_grad for y in want]
-        backward(got, skip)
-        backward(want, skip)
-        for i, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
-            for name, p, q in zip(("x", "scale", "zero_point"), a, b, strict=True):
-                grads = [None if t is None else t.grad for t in (p, q)]
-                assert (grads[0] is None) == (grads[1] is None), f"gradient of {name} of {i}"
-                if grads[0] is not None:
-                    assert_same(*grads, f"gradient of {name} of tensor {i}")
-
-
-def test_the_backward_saves_what_single_calls_save() -> None:
-    def saved(run: Callable[..., list[Tensor]]) -> list[tuple[torch.dtype, int]]:
-        found = []
-        made = mixed()
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: found.append((t.dtype, t.numel())) or t, lambda t: t
-        )
-        with hooks:
-            run(*made)
-        return sorted(found, key=str)
-
-    assert saved(at_once) == saved(one_by_one) != []
-
-
-def test_what_is_saved_does_not_hold_the_inputs() -> None:
-    """The straight-through gradient keeps a mask; x itself may go."""
-    import gc
-    import weakref
-
-    x = torch.randn(64, requires_grad=True) * 1
-    gone = weakref.ref(x)
-    (y,) = foreach.fake_quant([x], 0.1, bits=4)
-    (z, _, _) = foreach.fake_quant_dynamic([x], bits=4)[0]
-    del x
-    gc.collect()
-    assert y.grad_fn is not None and z.grad_fn is not None
-    assert gone() is None
-
-
-def test_gradient_of_dynamic_results() -> None:
-    xs = [torch.randn(4, 5, requires_grad=True), torch.randn(3), torch.randn(2, 3).double()]
-    xs[2].requires_grad_()
-    results = foreach.fake_quant_dynamic(xs, bits=[4, 4, 8], axis=[0, None, 1])
-    assert [r.y.requires_grad for r in results] == [True, False, True]
-    assert not any(t.requires_grad for r in results for t in (r.scale, r.zero_point))
-    grads = torch.autograd.grad([results[0].y, results[2].y], [xs[0], xs[2]], [xs[0], xs[2]])
-    for x, grad, bits, axis in zip((xs[0], xs[2]), grads, (4, 8), (0, 1), strict=True):
-        y = qkernels.fake_quant_dynamic(x, bits=bits, axis=axis).y
-        assert_same(grad, *torch.autograd.grad(y, x, x))
-
-
-def test_a_shared_scale_gathers_the_gradients_of_all_tensors() -> None:
-    torch.manual_seed(0)
-    xs = [torch.randn(9), torch.randn(4, 4), torch.randn(5)]
-    scale = torch.tensor(0.25, requires_grad=True)
-    loss = sum((y * y).sum() for y in foreach.fake_quant(xs, scale, bits=4, symmetric=True))
-    (got,) = torch.autograd.grad(loss, scale)
-    ones = [qkernels.fake_quant(x, scale, bits=4, symmetric=True) for x in xs]
-    (want,) = torch.autograd.grad(sum((y * y).sum() for y in ones), scale)
-    torch.testing.assert_close(got, want)
-    assert got.abs() > 0
-
-
-def test_double_backward_as_in_single_calls() -> None:
-    xs = [torch.randn(6, requires_grad=True) for _ in range(3)]
-    cotangents = [torch.randn(6, requires_grad=True) for _ in xs]
-    ys = foreach.fake_quant(xs, 0.3, bits=2, symmetric=True)
-    grads = torch.autograd.grad(ys, xs, cotangents, create_graph=True)
-    seconds = torch.autograd.grad([(g * g).sum() for g in grads], cotangents)
-    for g, second in zip(grads, seconds, strict=True):
-        assert_same(second, (2 * g).detach())
-    assert any((g != 0).any() for g in grads) and any((g == 0).any() for g in grads)
-    scales = [torch.tensor(0.3, requires_grad=True) for _ in xs]
-    ys = foreach.fake_quant(xs, scales, bits=2, symmetric=True)
-    grads = torch.autograd.grad(ys, scales, cotangents, create_graph=True)
-    with pytest.raises(NotImplementedError, match="must not be differentiated again"):
-        torch.autograd.grad(sum(grads), xs)
 
 
 def test_the_number_of_calls_does_not_depend_on_the_length(monkeypatch: pytest.MonkeyPatch) -> None:

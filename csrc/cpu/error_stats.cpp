@@ -8,10 +8,9 @@
 namespace qk::cpu::QK_ISA {
 
 template <class T, class C>
-class ErrorStatsWork final : public Work {
+class ErrorStatsWork : public Work {
  public:
-  explicit ErrorStatsWork(const ErrorStatsParams& p)
-      : p(p), units(p.layout, kUnit), table(p.layout), partial(units.per_channel() == 1 ? 0 : units.count()) {
+  explicit ErrorStatsWork(const ErrorStatsParams& p) : ErrorStatsWork(p, Later()) {
     invalid = fill(table, p.quant, p.layout.channels) >= 0;
     items = units.count();
     cost = units.cost();
@@ -44,8 +43,15 @@ class ErrorStatsWork final : public Work {
     return false;
   }
 
- private:
-  static constexpr int64_t kUnit = 8192;  // the work of beginning and ending one is some 300 elements'
+ protected:
+  static constexpr int64_t kUnit = 8192;  // to begin and end one costs as much as 300 elements
+
+  struct Later {};  // whoever derives from this finds the channels
+  ErrorStatsWork(const ErrorStatsParams& p, Later)
+      : p(p),
+        units(p.layout, kUnit),
+        table(p.layout),
+        partial(units.per_channel() == 1 ? 0 : units.count()) {}
 
   void write(int64_t channel, const ErrorSums& s) {
     write_error_stats(error_stats_of<C>(s.n, s.mean, s.spread, s.clipped), channel,
@@ -70,6 +76,37 @@ int64_t error_stats(const ErrorStatsParams* calls, int64_t count, int threads) {
   return run_list(calls, count, threads, error_stats_work, true);
 }
 
+static ErrorStatsParams stats_params(const ErrorStatsDynamicParams& p) {
+  const QuantRangeParams& r = p.range;
+  const QuantParams q = {r.scale, r.zero_point, true, r.qmin, r.qmax};
+  return {r.dtype, r.layout, q, p.clip_value, r.x, p.stats, p.ema, p.decay, nullptr};
+}
+
+// Channels that lie in one piece: each is read once from memory for its range, and found in the
+// cache when its errors are summed.
+template <class T, class C>
+class RowStatsWork final : public ErrorStatsWork<T, C> {
+  using Base = ErrorStatsWork<T, C>;
+
+ public:
+  explicit RowStatsWork(const ErrorStatsDynamicParams& p)
+      : Base(stats_params(p), typename Base::Later()), range(p.range) {
+    this->items = range.layout.channels;
+    this->cost = range.layout.inner;
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    const int64_t per_channel = this->units.per_channel();
+    for (int64_t c = begin; c < end; ++c) {
+      this->table.set(c, row_channel<T, C>(range, c));
+      Base::run(c * per_channel, (c + 1) * per_channel);
+    }
+  }
+
+ private:
+  const QuantRangeParams range;
+};
+
 // The range of the whole tensor, then the statistics of its errors.
 class RangeThenStats final : public Chain {
  public:
@@ -82,10 +119,7 @@ class RangeThenStats final : public Chain {
   Work* following() override {
     if (counting) return nullptr;
     counting = true;
-    const QuantRangeParams& r = p.range;
-    const QuantParams q = {r.scale, r.zero_point, true, r.qmin, r.qmax};
-    return error_stats_work(
-        {r.dtype, r.layout, q, p.clip_value, r.x, p.stats, p.ema, p.decay, nullptr});
+    return error_stats_work(stats_params(p));
   }
 
   const ErrorStatsDynamicParams p;
@@ -96,8 +130,12 @@ void error_stats_dynamic(const ErrorStatsDynamicParams* calls, int64_t count, in
   const int64_t share = thread_share(calls, count, threads, [](const ErrorStatsDynamicParams& p) {
     return p.range.layout.numel();
   });
-  run_list(calls, count, threads,
-           [share](const ErrorStatsDynamicParams& p) { return new RangeThenStats(p, share); });
+  run_list(calls, count, threads, [share](const ErrorStatsDynamicParams& p) -> Work* {
+    if (!by_rows(p.range, share)) return new RangeThenStats(p, share);
+    Work* work = nullptr;
+    QK_DISPATCH(p.range.dtype, work = new RowStatsWork<T, C>(p));
+    return work;
+  });
 }
 
 }  // namespace qk::cpu::QK_ISA

@@ -67,8 +67,7 @@ struct ErrorSum {
     return {double(n), double(pivot) + distance, spread < 0 ? 0 : spread, double(k)};
   }
 
-  void add_block(int64_t begin, int64_t end, double* total, double* squares,
-                 Count* clipped) const {
+  void add_block(int64_t begin, int64_t end, double* total, double* squares, Count* clipped) const {
     C sum[kLanes] = {}, square[kLanes] = {};
     Count outside[kLanes] = {};
     const Channel<C> c = channel;

@@ -1,26 +1,9 @@
-#include <type_traits>
-
 #include "cpu/fake_quant.h"
 #include "cpu/isa.h"
 #include "cpu/quant_range.h"
 #include "dispatch.h"
 
 namespace qk::cpu::QK_ISA {
-
-// Least and greatest of n elements that lie side by side.
-template <class T, class C>
-Range<C> row_range(const T* x, int64_t n) {
-  constexpr int64_t kStep = std::is_same<T, C>::value ? INT64_MAX : Units::kElements;
-  C buffer[Units::kElements];
-  Range<C> r = {C(INFINITY), -C(INFINITY)};
-  for (int64_t b = 0; b < n;) {
-    const int64_t m = n - b < kStep ? n - b : kStep;
-    const Range<C> s = minmax(load(x + b, buffer, m), m);
-    r = {qk_min(r.lo, s.lo), qk_max(r.hi, s.hi)};
-    b += m;
-  }
-  return r;
-}
 
 // Channels that lie in one piece: each is read once from memory for its range, and found in the
 // cache when it is quantized. A group of channels ends on a whole byte of the mask.
@@ -41,21 +24,12 @@ class RowsWork final : public Work {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * group;
       const int64_t stop = first + group < layout.channels ? first + group : layout.channels;
-      for (int64_t c = first; c < stop; ++c) set_channel(c, x + c * layout.inner);
+      for (int64_t c = first; c < stop; ++c) table.set(c, row_channel<T, C>(p.range, c));
       quantize(x, static_cast<T*>(p.y), p.mask, table, first * layout.inner, stop * layout.inner);
     }
   }
 
  private:
-  void set_channel(int64_t c, const T* row) {
-    const Range<C> r = row_range<T, C>(row, p.range.layout.inner);
-    const C qmin = C(p.range.qmin), qmax = C(p.range.qmax);
-    const QParams<C> q = range_to_qparams(r, qmin, qmax, p.range.symmetric);
-    static_cast<C*>(p.range.scale)[c] = q.scale;
-    p.range.zero_point[c] = q.zero_point;
-    table.set(c, make_channel(q.scale, C(q.zero_point), qmin, qmax));
-  }
-
   const FakeQuantDynamicParams p;
   const int64_t group;
   ChannelTable<C> table;
@@ -81,12 +55,6 @@ class RangeThenQuantize final : public Chain {
   const FakeQuantDynamicParams p;
   bool quantizing = false;
 };
-
-// Channels are handed out whole if they are small next to what each thread gets.
-bool by_rows(const QuantRangeParams& r, int64_t share) {
-  return r.method == Method::minmax && r.layout.outer == 1 && r.layout.inner > 0 &&
-         8 * r.layout.inner <= share;
-}
 
 void fake_quant_dynamic(const FakeQuantDynamicParams* calls, int64_t count, int threads) {
   const int64_t share = thread_share(calls, count, threads, [](const FakeQuantDynamicParams& p) {

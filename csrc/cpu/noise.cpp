@@ -15,7 +15,7 @@ using NoiseTable = ChannelTable<C, NoiseChannel<C>>;
 // Draws of a run of elements; what a kind does not use is null.
 struct Draws {
   const float *value, *previous;
-  const int32_t* open;
+  const uint8_t* open;
 
   Draws from(int64_t i) const {
     return {value + i, previous ? previous + i : nullptr, open ? open + i : nullptr};
@@ -74,7 +74,7 @@ struct Source {
 
   struct Memory {
     alignas(64) float value[kDrawn], previous[kDrawn];
-    alignas(64) int32_t open[kDrawn];
+    alignas(64) uint8_t open[kDrawn];
   };
 
   // Draws of elements first .. first + n - 1 of the row-major index, n <= kBlock.
@@ -113,7 +113,7 @@ class NoiseWork final : public Work {
   // Where neighbours in memory are neighbours in the row-major index, an item is a piece of such a
   // run. Elsewhere it is a band of tiles: kRun elements that follow each other in the index, times
   // kAcross that do in memory, so that every word of a quad is used.
-  static constexpr int64_t kRun = 64, kAcross = 16;
+  static constexpr int64_t kRun = 128, kAcross = 64;
 
   void run(int64_t begin, int64_t end) override {
     Source::Memory drawn;
@@ -171,14 +171,12 @@ class NoiseWork final : public Work {
 
   void tile(Place at, int64_t lines, int64_t across, Source::Memory& drawn) const {
     float value[kRun][kAcross], previous[kRun][kAcross];
-    int32_t open[kRun][kAcross];
+    uint8_t open[kRun][kAcross];
     for (int64_t c = 0; c < across; ++c) {
       const Draws d = source_.draw(at.index + c * p_.walk.stride[last_], lines, drawn);
-      for (int64_t i = 0; i < lines; ++i) {
-        value[i][c] = d.value[i];
-        if (d.previous) previous[i][c] = d.previous[i];
-        if (d.open) open[i][c] = d.open[i];
-      }
+      for (int64_t i = 0; i < lines; ++i) value[i][c] = d.value[i];
+      for (int64_t i = 0; d.previous && i < lines; ++i) previous[i][c] = d.previous[i];
+      for (int64_t i = 0; d.open && i < lines; ++i) open[i][c] = d.open[i];
     }
     for (int64_t i = 0; i < lines; ++i)
       add(at.memory + i * step_[run_], across, {value[i], previous[i], open[i]});

@@ -24,9 +24,7 @@ struct Wide {
   Wide plus(Wide o) const { return {_mm512_add_epi64(v, o.v)}; }
   Wide times(Wide o) const { return {_mm512_mul_epu32(v, o.v)}; }
   Wide high() const { return {_mm512_srli_epi64(v, 32)}; }
-  Wide exclusive_or(Wide o, Wide p) const {
-    return {_mm512_ternarylogic_epi64(v, o.v, p.v, 0x96)};
-  }
+  Wide exclusive_or(Wide o, Wide p) const { return {_mm512_ternarylogic_epi64(v, o.v, p.v, 0x96)}; }
   // low words of this and of o in turn
   void store_pairs(Wide o, uint32_t* out) const {
     _mm512_storeu_si512(out, _mm512_mask_blend_epi32(0xAAAA, v, _mm512_slli_epi64(o.v, 32)));
@@ -58,9 +56,7 @@ struct Wide {
   Wide plus(Wide o) const { return {_mm_add_epi64(v, o.v)}; }
   Wide times(Wide o) const { return {_mm_mul_epu32(v, o.v)}; }
   Wide high() const { return {_mm_srli_epi64(v, 32)}; }
-  Wide exclusive_or(Wide o, Wide p) const {
-    return {_mm_xor_si128(_mm_xor_si128(v, o.v), p.v)};
-  }
+  Wide exclusive_or(Wide o, Wide p) const { return {_mm_xor_si128(_mm_xor_si128(v, o.v), p.v)}; }
   void store_pairs(Wide o, uint32_t* out) const {
     const __m128i low = _mm_and_si128(v, _mm_set1_epi64x(0xFFFFFFFF));
     const __m128i pairs = _mm_or_si128(low, _mm_slli_epi64(o.v, 32));
@@ -125,7 +121,7 @@ class Stream {
     return buffer + first % 4;
   }
 
-  const int32_t* gates(int64_t first, int64_t n, int32_t threshold, int32_t* buffer) const {
+  const uint8_t* gates(int64_t first, int64_t n, int32_t threshold, uint8_t* buffer) const {
     alignas(64) uint32_t even[kDrawn / 2], odd[kDrawn / 2];
     const int64_t pairs = words(first, n, even, odd);
     for (int64_t i = 0; i < pairs; ++i) {

@@ -1,8 +1,11 @@
 // Ranges of channels; fake_quant_dynamic uses them too.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/units.h"
 #include "cpu/work.h"
+#include "math/fake_quant.h"
 #include "math/quant_range.h"
 
 namespace qk::cpu::QK_ISA {
@@ -32,6 +35,39 @@ Range<C> minmax(const C* __restrict x, int64_t n) {
   }
   if (sum[0] != sum[0]) return {sum[0], sum[0]};
   return {lo[0], hi[0]};
+}
+
+// Least and greatest of n elements that lie side by side.
+template <class T, class C>
+Range<C> row_range(const T* x, int64_t n) {
+  constexpr int64_t kStep = std::is_same<T, C>::value ? INT64_MAX : Units::kElements;
+  C buffer[Units::kElements];
+  Range<C> r = {C(INFINITY), -C(INFINITY)};
+  for (int64_t b = 0; b < n;) {
+    const int64_t m = n - b < kStep ? n - b : kStep;
+    const Range<C> s = minmax(load(x + b, buffer, m), m);
+    r = {qk_min(r.lo, s.lo), qk_max(r.hi, s.hi)};
+    b += m;
+  }
+  return r;
+}
+
+// Finds, writes and returns the parameters of channel c, which lies in one piece.
+template <class T, class C>
+Channel<C> row_channel(const QuantRangeParams& p, int64_t c) {
+  const T* row = static_cast<const T*>(p.x) + c * p.layout.inner;
+  const Range<C> r = row_range<T, C>(row, p.layout.inner);
+  const C qmin = C(p.qmin), qmax = C(p.qmax);
+  const QParams<C> q = range_to_qparams(r, qmin, qmax, p.symmetric);
+  static_cast<C*>(p.scale)[c] = q.scale;
+  p.zero_point[c] = q.zero_point;
+  return make_channel(q.scale, C(q.zero_point), qmin, qmax);
+}
+
+// Channels are handed out whole if they are small next to what each thread gets.
+inline bool by_rows(const QuantRangeParams& r, int64_t share) {
+  return r.method == Method::minmax && r.layout.outer == 1 && r.layout.inner > 0 &&
+         8 * r.layout.inner <= share;
 }
 
 // Finds the ranges of the channels of one call and what follows from them. `share` is the elements

@@ -42,7 +42,8 @@ QK_HD C rint_by_shift(C v) {
   return qk_abs(v) < Limits<C>::exact ? r : v;
 }
 
-// Half to even; the zero of a negative number may be -0.0. NaN and infinities come back as they are.
+// Half to even; the zero of a negative number may be -0.0. NaN and infinities come back as they
+// are.
 QK_HD float signed_rint(float v) {
 #if QK_HAS_RINT
   return rintf(v);

@@ -113,10 +113,14 @@ def check_counter(
     offset: int,
 ) -> None:
     """seed and step in 0 .. 2^63 - 1, or 0-dim int64 tensors on x's device; offset likewise."""
-    for name, value in (("seed", seed), ("step", step), ("offset", offset)):
-        most = numeric.LARGEST_SEED - (x.numel() if name == "offset" else 0)
-        if not 0 <= value <= most:
-            raise ValueError(f"{op}: {name} must be in 0..{most}, got {value}")
+    most = numeric.LARGEST_SEED
+    for name, value, limit in (
+        ("seed", seed, most),
+        ("step", step, most),
+        ("offset", offset, most - x.numel()),
+    ):
+        if not 0 <= value <= limit:
+            raise ValueError(f"{op}: {name} must be in 0..{limit}, got {value}")
     for name, at in (("seed", seed_at), ("step", step_at)):
         if at is None:
             continue

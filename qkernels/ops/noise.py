@@ -23,6 +23,8 @@ def as_param(op: str, name: str, x: Tensor, value: Any, shape: tuple[int, ...]) 
     """A mean, std or scale in the compute dtype, without gradient; a number goes for all."""
     compute = numeric.compute_dtype(x.dtype)
     if isinstance(value, Tensor):
+        if value.dtype is compute and not value.requires_grad:
+            return value.resolve_neg()
         if value.dtype not in numeric.FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be a floating tensor, got {value.dtype}")
         if value.dtype is torch.float64 and compute is not torch.float64:
@@ -124,10 +126,10 @@ def drop_in_args(
     op = "drop_in_noise"
     counter, axis = place(op, x, seed, step, axis, group_size)
     mean, std = as_stats(op, "stats", x, stats, axis, group_size)
-    _check.check_probability(op, "p", p)
+    _check.check_number(op, "p", p)
     _check.check_number(op, "ramp", ramp)
     offset = as_offset(op, offset)
-    return x, mean, std, float(p), *counter, float(ramp), offset, axis, group_size
+    return x, mean, std, p, *counter, float(ramp), offset, axis, group_size
 
 
 def uniform_args(
@@ -146,8 +148,8 @@ def uniform_args(
     counter, axis = place(op, x, seed, step, axis, group_size)
     shape = numeric.params_shape(x.shape, axis, group_size)
     scale = as_param(op, "scale", x, scale, shape)
-    _check.check_probability(op, "p", p)
-    return x, scale, float(p), *counter, as_offset(op, offset), axis, group_size
+    _check.check_number(op, "p", p)
+    return x, scale, p, *counter, as_offset(op, offset), axis, group_size
 
 
 def differential_noise(

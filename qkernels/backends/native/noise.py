@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _native, numeric
-from qkernels._native import DTYPES, pointer
+from qkernels._native import DTYPES
 from qkernels.backends.native.common import Prepared, forms, with_strides_of
 from qkernels.ops._check import check_stats
 
@@ -26,9 +26,6 @@ def _walk_fields(walk: list[tuple[int, int]]) -> tuple[int, ...]:
     return len(walk), *(n for n, _ in walk), *rest, *(s for _, s in walk), *rest
 
 
-_FLAT = (1, 0, 0, 0, 0, 1, 0, 0, 0)
-
-
 def _prepared(
     kind: int,
     x: Tensor,
@@ -43,26 +40,30 @@ def _prepared(
 ) -> Prepared:
     """-> y, or x itself."""
     dense, order, layout = numeric.plan(x, axis, group_size)
-    walk = [(x.numel(), 1)] if not order else numeric.logical_walk(dense)
+    reordered = group_size is not None and dense is not x
+    walk = numeric.logical_walk(dense) if order else []
     if len(walk) > MOST_DIMS:  # five dims in an order of their own: rare enough to be copied
-        dense, walk = x.contiguous(), [(x.numel(), 1)]
+        dense, walk, reordered = x.contiguous(), [], True
         layout = numeric.layout_of(x.shape, [], axis, group_size)
     y = dense if inplace or dense is not x else torch.empty_like(dense)
-    flat = [None if p is None else p.contiguous() for p in params]
+    mean, std, prev_mean, prev_std = flat = [None if p is None else p.contiguous() for p in params]
     seed, step, seed_at, step_at = counter
     fields = (
         DTYPES[x.dtype],
         *layout,
-        *_walk_fields(walk),
+        *(_walk_fields(walk) if walk else (1, x.numel(), 0, 0, 0, 1, 0, 0, 0)),
         kind,
         seed,
         step,
-        pointer(seed_at),
-        pointer(step_at),
+        0 if seed_at is None else seed_at.data_ptr(),
+        0 if step_at is None else step_at.data_ptr(),
         offset,
         ramp,
         threshold,
-        *(pointer(p) for p in flat),
+        0 if mean is None else mean.data_ptr(),
+        0 if std is None else std.data_ptr(),
+        0 if prev_mean is None else prev_mean.data_ptr(),
+        0 if prev_std is None else prev_std.data_ptr(),
         dense.data_ptr(),
         y.data_ptr(),
     )
@@ -71,9 +72,7 @@ def _prepared(
         return fields, y, kept, None
     if inplace:
         return fields, x, kept, lambda: x.copy_(y)
-    if y.stride() == torch.empty_like(x).stride():
-        return fields, y, kept, None
-    return fields, y, kept, lambda: with_strides_of(x, y)
+    return fields, y, kept, (lambda: with_strides_of(x, y)) if reordered else None
 
 
 def _prepare_differential(
