@@ -127,6 +127,12 @@ def run_many(op: str, backend: str, calls: list[tuple[Any, ...]]) -> list[Any]:
     raise refusal(op, device, key[2], refused)
 
 
+def takes_lists(op: str, backend: str, x: Tensor) -> bool:
+    """Whether the first row for x's device runs a list in one call."""
+    found = candidates(op, x.device.type, backend or _backend)
+    return bool(found) and found[0].row.foreach is not None
+
+
 def _first_refused(
     candidate: Candidate, calls: list[tuple[Any, ...]]
 ) -> tuple[tuple[Any, ...], str] | None:

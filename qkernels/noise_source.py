@@ -12,6 +12,7 @@ on the order in which names are asked for nor on the process.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ def stream(seed: int, rank: int | None, kind: str, name: str) -> int:
     text = f"{seed}|{'all' if rank is None else rank}|{kind}|{name}"
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % (1 << 63)
 
+
+_OBJECTS = itertools.count()
 
 # what torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a
 # second: a compiled graph holds the stream as a number, and the hash is not traced
@@ -62,7 +65,9 @@ class Noise:
         # compiled into the graph, and each step anew
         self._number: int | None = step if device is None else None
         self._tensor = torch.full((), step, dtype=torch.int64, device=device)
-        self._turn = 0
+        # turns of two objects differ too: one may take the place of the other
+        self._turn = next(_OBJECTS) << 32
+        self._turn_tensor = torch.full((), self._turn, dtype=torch.int64, device=device)
 
     @property
     def seed(self) -> int:
@@ -79,7 +84,7 @@ class Noise:
 
     @step.setter
     def step(self, value: int) -> None:
-        self._turn += 1
+        self._next_turn()
         if value is self._tensor:  # noise.step += 1 has moved it already
             return
         _check_number("step", value)
@@ -91,6 +96,15 @@ class Noise:
     def turn(self) -> int:
         """A number that differs from one step to the next, known without asking a device."""
         return self._turn
+
+    @property
+    def turn_tensor(self) -> Tensor:
+        """`turn` as a 0-dim int64 tensor, for compiled and captured code."""
+        return self._turn_tensor
+
+    def _next_turn(self) -> None:
+        self._turn += 1
+        self._turn_tensor.add_(1)
 
     def at(
         self,
@@ -135,7 +149,7 @@ class Noise:
     def advance(self) -> None:
         """On to the next step; after 2^63 - 1 comes 0. Reads nothing back from a device."""
         self._tensor.add_(1).bitwise_and_(numeric.LARGEST_SEED)
-        self._turn += 1
+        self._next_turn()
         if self._number is not None:
             self._number = (self._number + 1) & numeric.LARGEST_SEED
 

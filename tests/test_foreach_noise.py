@@ -202,3 +202,31 @@ def test_bad_lists(change: dict[str, Any], error: type[Exception], text: str) ->
         assert text in str(caught.value)
     for x, was in zip(xs, before, strict=True):
         assert_same(x, was, "an error leaves all as it was")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_list_leaves_all_as_they_were(backend: str | None) -> None:
+    """Values, and what autograd knows of them."""
+    leaf = torch.randn(4, requires_grad=True)
+    a, b = leaf * 1, torch.randn(4, 2)
+    later = (a * a).sum()
+    before = [a.clone(), b.clone()]
+    stats = [(0.0, 1.0), (0.0, -1.0)]
+    with pytest.raises(ValueError, match=r"tensor 1: .* std must be finite and at least 0"):
+        foreach.differential_noise(
+            [a, b], stats, seed=1, step=1, axis=None, inplace=True, backend=backend
+        )
+    with pytest.raises(RuntimeError, match="leaf"):
+        foreach.uniform_noise([a, leaf], 0.1, seed=1, step=1, inplace=True, backend=backend)
+    assert_same(a.detach(), before[0].detach())
+    assert_same(b, before[1])
+    later.backward()
+    assert_same(leaf.grad, 2 * leaf.detach())
+
+
+def test_tensors_that_share_memory_are_refused() -> None:
+    x = torch.randn(4, 4)
+    was = x.clone()
+    with pytest.raises(ValueError, match="inplace must be False for tensors that share memory"):
+        foreach.uniform_noise([x, x.view(-1)], 0.1, seed=[1, 2], step=1, inplace=True)
+    assert_same(x, was)

@@ -196,9 +196,13 @@ def test_a_batch_without_elements_changes_no_average(as_tensor: bool) -> None:
     ema = ErrorEMA(QuantSpec(4, axis=1))
     ema(batch(0), step=torch.tensor(0) if as_tensor else 0)
     before = ema.stats
-    ema(torch.zeros(0, 8), step=torch.tensor(1) if as_tensor else 1)
+    at = torch.tensor(1) if as_tensor else 1
+    ema(torch.zeros(0, 8), step=at)
     assert_same(list(ema.stats), list(before))
     assert int(ema.updates) == 1
+    ema(batch(1), step=at)  # it did not begin the step: this does
+    assert int(ema.updates) == 2
+    assert_same(list(ema.previous), list(before))
 
 
 def test_eval_mode_changes_nothing() -> None:
@@ -332,7 +336,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ErrorEMA(QuantSpec(4, axis=0), channels=-1), ValueError, r"channels must be an int"),
     (lambda: ErrorEMA(QuantSpec(4)).stats, RuntimeError, r"stats must be asked after the first"),
     (lambda: ErrorEMA(QuantSpec(4)).previous, RuntimeError, r"previous must be asked after"),
-    (lambda: ErrorEMA(QuantSpec(4))(batch(0), step=-1), ValueError, r"step must be at least 0"),
+    (lambda: ErrorEMA(QuantSpec(4))(batch(0), step=-1), ValueError, r"step must be in 0.."),
     (lambda: ErrorEMA(QuantSpec(4))(batch(0), step=1.5), TypeError, r"step must be an int or a 0-"),  # type: ignore[arg-type]
     (lambda: ErrorEMA(QuantSpec(4))(batch(0), step=torch.ones(1)), TypeError, r"got torch.float32"),
     (lambda: ErrorEMA(QuantSpec(4))([1.0]), TypeError, r"^error_stats: x must be a Tensor"),  # type: ignore[arg-type]

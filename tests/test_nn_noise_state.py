@@ -158,3 +158,20 @@ def test_layers_and_skip_choose() -> None:
     assert not torch.equal(model[5].weight, model[5].parametrizations.weight.original)
     second.remove()
     assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_two_handles_keep_the_norms_clean() -> None:
+    model = net()
+    noise = Noise(1)
+    first = attach_noise(model, noise=noise, weights=3, layers=["0"], clean_batchnorm=True)
+    second = attach_noise(model, noise=noise, weights=3, layers=["3", "5"], clean_batchnorm=True)
+    before = model[1].running_mean.clone()
+    first.enabled = False
+    model(inputs())
+    first.remove()
+    model(inputs())
+    assert torch.equal(model[1].running_mean, before)
+    second.remove()
+    model(inputs())
+    assert not torch.equal(model[1].running_mean, before)
+    assert not vars(model[1]).get("_qkernels_noise")

@@ -289,3 +289,22 @@ def test_a_captured_step_is_the_eager_one() -> None:
             assert torch.equal(a, b)
         for a, b in zip(captured.parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_resumed_step_draws_what_it_drew(compile: bool) -> None:
+    """Calls are counted anew when the step is set, though it is the number that it was."""
+    model, handle = made(calls=1, **UNIFORM)
+    function = compiled(model) if compile else model
+    first = function(batch(0))
+    handle.noise.load_state_dict(handle.noise.state_dict())
+    assert torch.equal(function(batch(0)), first)
+    assert not torch.equal(function(batch(0)), first), "the next call of a step is another draw"
+
+
+def test_another_noise_counts_its_own_calls() -> None:
+    model, handle = made(calls=1, **UNIFORM)
+    first = model(batch(0))
+    model(batch(0))
+    handle.noise = Noise(handle.noise.seed)
+    assert torch.equal(model(batch(0)), first)

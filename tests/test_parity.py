@@ -296,3 +296,20 @@ def test_dequantize(runner: Runner, case: Case, dtype: torch.dtype) -> None:
             with fenced():
                 got = run(runner, *args)
             assert_same(got, want, f"y, pack={pack}")
+
+
+@row_of("lsq_bwd")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=("float16", "float32"))
+def test_lsq_bwd_of_every_small_size(runner: Runner, dtype: torch.dtype) -> None:
+    """Vectors end anywhere, and few lanes share a short channel."""
+    for n in range(1, 70, 5 if runner.how == "interpreted" else 1):
+        case = Case(f"n={n}", lambda r, n=n: r(n))
+        check_lsq_bwd(runner, case, dtype, (4, True, False))
+
+
+@row_of("quant_range")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=("float16", "float32"))
+def test_quant_range_of_every_small_size(runner: Runner, dtype: torch.dtype) -> None:
+    for n in range(1, 70, 5 if runner.how == "interpreted" else 1):
+        case = Case(f"n={n}", lambda r, n=n: r(n).cumsum(0))
+        check_quant_range(runner, case, dtype, "minmax", (4, False, False))

@@ -56,7 +56,16 @@ struct ErrorSum {
     return dequantize_value(quantize_value<kClipValue, true>(v, c).q, c) - v - from;
   }
 
-  ErrorSums sums() const {
+  ErrorSums sums() {
+    ErrorSums s = sums_from_pivot();
+    // far from the mean (by some large errors at the places looked at) a pivot is of no use
+    const double distance = s.mean - double(pivot);
+    if (s.n * distance * distance <= 8 * s.spread) return s;
+    pivot = C(s.mean);
+    return sums_from_pivot();
+  }
+
+  ErrorSums sums_from_pivot() const {
     double total[kLanes] = {}, squares[kLanes] = {};
     Count clipped[kLanes] = {};
     for (int64_t b = 0; b < n; b += kErrorBlock)

@@ -20,8 +20,8 @@ __device__ __forceinline__ int opaque(int v) {
 }
 
 // Blocks first_block[k] to first_block[k + 1] work for items[k]. The 54 weights of a ResNet-50 fit
-// in one launch with arguments of 71 bytes each (the backward), in two with 147 (all other kernels
-// but the columns of lsq_bwd).
+// in one launch with arguments of 71 bytes each (the backward), in two with 147 (most kernels), in
+// three with 160 (noise, and the columns of lsq_bwd).
 template <class Args>
 struct Batch {
   static constexpr size_t kBytes = 4096;  // of parameters, on every GPU and driver

@@ -17,7 +17,7 @@ struct NoiseStats {
   }
 };
 
-// 23 to a launch in fp32.
+// 24 to a launch.
 template <class C>
 struct NoiseArgs {
   const void* x;

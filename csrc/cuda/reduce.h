@@ -144,9 +144,11 @@ __global__ void __launch_bounds__(kThreads)
       add_packets<Op, N>(work, channel, begin, lane, count, context, sum);
       if (N > 1 && part == work->parts - 1) {
         const ReduceRowsArgs<Op>& b = *work;
-        const int64_t tail = b.n / N * N + lane;
-        const int64_t i = b.index(channel, tail);
-        if (tail < b.n) b.op.template add<0>(b.op.template load<1>(i), i, &context, &sum);
+        // a packet of halves has more elements than the fewest lanes
+        for (int64_t tail = b.n / N * N + lane; tail < b.n; tail += width) {
+          const int64_t i = b.index(channel, tail);
+          b.op.template add<0>(b.op.template load<1>(i), i, &context, &sum);
+        }
       }
     }
     if (width == kThreads)

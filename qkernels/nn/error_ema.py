@@ -277,8 +277,8 @@ def _check_step(step: Any) -> bool:
         return False
     if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
         raise TypeError(f"ErrorEMA: step must be an int or a 0-dim int64 tensor, got {step!r}")
-    if step < 0:
-        raise ValueError(f"ErrorEMA: step must be at least 0, got {step}")
+    if not 0 <= step <= numeric.LARGEST_SEED:
+        raise ValueError(f"ErrorEMA: step must be in 0..{numeric.LARGEST_SEED}, got {step}")
     return False
 
 
@@ -346,10 +346,12 @@ def move(
     moved = ema.clone()
     move_average(moved, stats, decay)
     moved = torch.where(moving, moved, ema)
-    before.copy_(torch.where(fresh, torch.where(updates == 0, moved, ema), before))
+    began = fresh & moving  # an x without elements begins no step
+    before.copy_(torch.where(began, torch.where(updates == 0, moved, ema), before))
     ema.copy_(moved)
     updates.add_(moving)
-    last_step.copy_(torch.full_like(last_step, -1) if step is None else step)
+    now = torch.full_like(last_step, -1) if step is None else step
+    last_step.copy_(torch.where(moving, now, last_step))
 
 
 # how many updates compiled code has made: what modules remember may be out of date then

@@ -120,7 +120,7 @@ def attach_noise(
         noise_hooks.attach(module, weight, input, control)
     if clean_batchnorm:
         for module in model.modules():
-            if isinstance(module, NORMS) and noise_hooks.attachment(module) is None:
+            if isinstance(module, NORMS):
                 noise_hooks.attach_norm(module, control)
     control.enabled = True
     return NoiseHandle(model, control)
@@ -213,8 +213,8 @@ def noise_handles(model: nn.Module) -> list[NoiseHandle]:
     found: dict[int, NoiseControl] = {}
     for module in model.modules():
         record = noise_hooks.attachment(module)
-        if record is not None:
-            found.setdefault(id(record.control), record.control)
+        for control in record.controls if record is not None else ():
+            found.setdefault(id(control), control)
     return [NoiseHandle(model, control) for control in found.values()]
 
 
@@ -364,14 +364,14 @@ class NoiseHandle:
                         f"of the noise when it is removed, got {len(entries) - 1}"
                     )
         for module in modules:
-            noise_hooks.detach(module)
+            noise_hooks.detach(module, self._control)
 
     def _modules(self) -> list[Any]:
         """The layers and norms that this handle's noise is tied to."""
         found = []
         for module in self._model.modules():
             record = noise_hooks.attachment(module)
-            if record is not None and record.control is self._control:
+            if record is not None and any(c is self._control for c in record.controls):
                 found.append(module)
         return found
 

@@ -16,7 +16,7 @@ class Attachment:
     """What was done to a module, kept by the module itself so that copies know it too."""
 
     def __init__(self, control: NoiseControl) -> None:
-        self.control = control
+        self.controls = [control]  # of a norm, those of all noise on its model
         self.hooks: list[Any] = []
         self.parameters: list[str] = []  # names in their order of before
         self.held = False  # a norm's statistics, for the time of a forward
@@ -45,15 +45,22 @@ def attach(
 
 def attach_norm(norm: Any, control: NoiseControl) -> None:
     """Keep a BatchNorm's running statistics while there is noise."""
+    record = attachment(norm)
+    if record is not None:
+        record.controls.append(control)
+        return
     record = norm._qkernels_noise = Attachment(control)
     record.hooks.append(norm.register_forward_pre_hook(_hold_statistics))
     record.hooks.append(norm.register_forward_hook(_release_statistics, always_call=True))
 
 
-def detach(module: Any) -> None:
+def detach(module: Any, control: NoiseControl) -> None:
     """Undo `attach` or `attach_norm`."""
     record = attachment(module)
     assert record is not None, "only a module with an attachment is detached"
+    record.controls = [c for c in record.controls if c is not control]
+    if record.controls:
+        return
     for hook in record.hooks:
         hook.remove()
     if record.parameters:
@@ -66,7 +73,7 @@ def detach(module: Any) -> None:
 
 def _hold_statistics(norm: Any, args: Any) -> None:
     record = norm._qkernels_noise
-    if norm.track_running_stats and norm.training and record.control.active(norm):
+    if norm.track_running_stats and norm.training and any(c.active(norm) for c in record.controls):
         # the batch's own statistics are used all the same, the running ones neither read nor moved
         norm.track_running_stats = False
         record.held = True

@@ -260,26 +260,27 @@ class WeightNoise(TensorNoise):
         return weight
 
 
-def turn(state: Tensor, step: Tensor) -> Tensor:
-    """The step at which a call draws. state: int64 [2], the step and number of the latest call."""
+def step_of_call(state: Tensor, step: Tensor, turn: Tensor) -> Tensor:
+    """The step at which a call draws. state: int64 [2], the turn (see `Noise.turn`) and number of
+    the latest call."""
     if observe.recomputing():
         return (step + (state[1] << CALL_BITS)) & numeric.LARGEST_SEED
-    number = torch.where(state[0] == step, state[1] + 1, 0)
-    state.copy_(torch.stack((step, number)))
+    number = torch.where(state[0] == turn, state[1] + 1, 0)
+    state.copy_(torch.stack((turn, number)))
     return (step + (number << CALL_BITS)) & numeric.LARGEST_SEED
 
 
 # for compiled code, which may run it again in a backward
-turn_op = torch.library.custom_op(
-    "qkernels::noise_turn",
-    turn,
+step_op = torch.library.custom_op(
+    "qkernels::noise_step_of_call",
+    step_of_call,
     mutates_args=("state",),
-    schema="(Tensor(a!) state, Tensor step) -> Tensor",
+    schema="(Tensor(a!) state, Tensor step, Tensor turn) -> Tensor",
 )
 
 
-@turn_op.register_fake
-def _turn_fake(state: Tensor, step: Tensor) -> Tensor:
+@step_op.register_fake
+def _step_fake(state: Tensor, step: Tensor, turn: Tensor) -> Tensor:
     return torch.empty_like(step)
 
 
@@ -315,7 +316,8 @@ class InputNoise(TensorNoise):
 
     def _step_of_call(self, step: Any, x: Tensor) -> Any:
         if torch.compiler.is_compiling():
-            return turn_op(self.calls, step)
+            turn_at = self.control.noise.turn_tensor.to(step.device)
+            return step_op(self.calls, step, turn_at)
         turn = self.control.noise.turn
         number: Any = 0
         if observe.recomputing():

@@ -9,11 +9,13 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import Tensor
 
+from qkernels import _registry
 from qkernels.ops import error_stats as _stats
 from qkernels.ops import noise as _noise
+from qkernels.ops._check import each_call, named
 from qkernels.ops._foreach import Listed
 from qkernels.ops._library import check
-from qkernels.ops._noise import ToBeWritten
+from qkernels.ops._noise import ToBeWritten, check_statistics
 from qkernels.ops.error_stats import ErrorStats
 from qkernels.ops.noise import Stats
 
@@ -203,12 +205,27 @@ def _add(
         return listed.singles(partial(single, inplace=inplace))
     calls = listed.calls(op, arguments)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
-    if not inplace:
-        run = partial(listed.run, op, calls)
-        return list(ForeachAddNoise.apply(run, *xs)) if with_grad else run()
-    for x in xs:
-        if with_grad and x.requires_grad:
-            ToBeWritten.apply(x)
+    if inplace:
+        return _add_in_place(listed, calls, with_grad)
+    run = partial(listed.run, op, calls)
+    return list(ForeachAddNoise.apply(run, *xs)) if with_grad else run()
+
+
+def _add_in_place(listed: Listed, calls: list[Any], with_grad: bool) -> list[Tensor]:
+    """`_add` to the tensors themselves; where one is refused, all are as they were."""
+    op, xs = listed.op, listed.xs
+    addresses = [x.data_ptr() for x in xs if x.numel() > 0]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(
+            f"foreach.{op}: inplace must be False for tensors that share memory, got True"
+        )
+    # a list kernel looks at all of them before it writes
+    if with_grad or not _registry.takes_lists(op, listed.backend, xs[0]):
+        with named(op):
+            each_call(partial(check_statistics, op), calls)
+    watched = [x for x in xs if with_grad and x.requires_grad]
+    for x in sorted(watched, key=lambda x: not x.is_leaf):  # leaves, which torch refuses, first
+        ToBeWritten.apply(x)
     listed.run(op, [(x.detach(), *rest, True) for x, *rest in calls])
     for x in xs:
         if not (with_grad and x.requires_grad):

@@ -191,6 +191,16 @@ class AddNoise(torch.autograd.Function):
         return grad, None, None, None
 
 
+def check_statistics(op: str, x: Tensor, *rest: Any) -> None:
+    """Raise on statistics that are not finite or negative, as the rows do; see `check_stats`."""
+    if op == "uniform_noise":
+        _check.check_stats(op, None, rest[0])
+        return
+    _check.check_stats(op, rest[0], rest[1])
+    if op == "differential_noise" and rest[3] is not None:
+        _check.check_stats(op, rest[2], rest[3], "prev_")
+
+
 class ToBeWritten(torch.autograd.Function):
     """Tells autograd that x changes in place, before it does: where torch refuses (a leaf that
     requires grad, some views), nothing has been written yet."""
@@ -214,6 +224,7 @@ def add_noise(op: str, backend: str, inplace: bool, x: Tensor, *rest: Any) -> Te
         if not inplace:
             return AddNoise.apply(x, op, backend, rest)
         _CHECKS[op](x, *rest)
+        check_statistics(op, x, *rest)  # a refusal leaves autograd's state alone too
         ToBeWritten.apply(x)
         run_checked(op, backend, x.detach(), *rest, True)
         return x

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qkernels import _native, numeric
@@ -16,21 +15,15 @@ from qkernels.backends.native.common import (
     params_like,
     range_fields,
     range_workspace,
+    workspace,
 )
 from qkernels.ops._check import check_values
 
 
-def _outputs(
-    target: _native.Target,
-    x: Tensor,
-    layout: numeric.Layout,
-    shape: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """Uninitialised (statistics, scratch memory of the kernel; empty on the CPU)."""
-    lib, device, _ = target
-    stats = x.new_empty((4, *shape), dtype=numeric.compute_dtype(x.dtype))
-    size = lib.error_stats_workspace(device, DTYPES[x.dtype], *layout)
-    return stats, x.new_empty((size + 7) // 8, dtype=torch.float64)  # holds aligned doubles
+def _stats_like(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Uninitialised statistics."""
+    shape = numeric.params_shape(x.shape, axis, group_size)
+    return x.new_empty((4, *shape), dtype=numeric.compute_dtype(x.dtype))
 
 
 def _prepare(
@@ -50,8 +43,8 @@ def _prepare(
     if x.is_cuda:  # before anything is written; looks only if QKERNELS_CHECK=1
         check_values("error_stats", scale, zero_point)
     dense, _, layout = numeric.plan(x, axis, group_size)
-    shape = numeric.params_shape(x.shape, axis, group_size)
-    stats, scratch = _outputs(target, x, layout, shape)
+    stats = _stats_like(x, axis, group_size)
+    scratch = workspace(target, x, "error_stats_workspace", *layout)
     s, zp, zp_is_int = flat_params(scale, zero_point)
     fields = (
         DTYPES[x.dtype],
@@ -88,7 +81,8 @@ def _prepare_dynamic(
     """-> (statistics, scale, zero point as int32)."""
     dense, _, layout = numeric.plan(x, axis, group_size)
     scale, zp = params_like(x, axis, group_size)
-    stats, scratch = _outputs(target, x, layout, tuple(scale.shape))
+    stats = _stats_like(x, axis, group_size)
+    scratch = workspace(target, x, "error_stats_workspace", *layout)
     range_scratch = range_workspace(target, x, layout, method)
     fields = (
         *range_fields(x, layout, qmin, qmax, symmetric, method, percentile),

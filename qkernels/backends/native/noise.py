@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
 from qkernels.backends.native.common import Prepared, forms, with_strides_of
-from qkernels.ops._check import check_stats
+from qkernels.ops._noise import check_statistics
 
 # as NoiseKind and Walk::kMostDims in csrc/params.h
 DIFFERENTIAL, DROP_IN, UNIFORM = 0, 1, 2
@@ -147,21 +147,9 @@ def _prepare_uniform(
     return _prepared(UNIFORM, x, params, counter, offset, 1.0, threshold, axis, group_size, inplace)
 
 
-def _check_differential(
-    x: Tensor, mean: Tensor, std: Tensor, prev_mean: Param, prev_std: Param, *_: Any
-) -> None:
-    check_stats("differential_noise", mean, std)
-    if prev_std is not None:
-        check_stats("differential_noise", prev_mean, prev_std, "prev_")
-
-
-def _check_drop_in(x: Tensor, mean: Tensor, std: Tensor, *_: Any) -> None:
-    check_stats("drop_in_noise", mean, std)
-
-
-def _check_uniform(x: Tensor, scale: Tensor, *_: Any) -> None:
-    check_stats("uniform_noise", None, scale)
-
+_check_differential = partial(check_statistics, "differential_noise")
+_check_drop_in = partial(check_statistics, "drop_in_noise")
+_check_uniform = partial(check_statistics, "uniform_noise")
 
 differential_noise, foreach_differential_noise = forms(
     "noise", _prepare_differential, _check_differential

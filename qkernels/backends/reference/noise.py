@@ -18,7 +18,7 @@ from torch import Tensor
 from qkernels import numeric
 from qkernels.backends.reference import philox
 from qkernels.backends.reference.common import from_channels, per_channel, to_channels
-from qkernels.ops._check import check_stats
+from qkernels.ops._noise import check_statistics
 
 
 def counter(
@@ -78,10 +78,9 @@ def differential_noise(
     inplace: bool = False,
 ) -> Tensor:
     """-> y; without previous statistics they are the present ones."""
-    check_stats("differential_noise", mean, std)
+    check_statistics("differential_noise", x, mean, std, prev_mean, prev_std)
     if prev_mean is None or prev_std is None:
         prev_mean, prev_std = mean, std
-    check_stats("differential_noise", prev_mean, prev_std, "prev_")
     seed, step = counter(seed, step, seed_at, step_at)
     rows = to_channels(x, axis, group_size)
     index = indices(x, offset)
@@ -111,7 +110,7 @@ def drop_in_noise(
     inplace: bool = False,
 ) -> Tensor:
     """-> y."""
-    check_stats("drop_in_noise", mean, std)
+    check_statistics("drop_in_noise", x, mean, std)
     seed, step = counter(seed, step, seed_at, step_at)
     rows = to_channels(x, axis, group_size)
     index = indices(x, offset)
@@ -135,7 +134,7 @@ def uniform_noise(
     inplace: bool = False,
 ) -> Tensor:
     """-> y."""
-    check_stats("uniform_noise", None, scale)
+    check_statistics("uniform_noise", x, scale)
     seed, step = counter(seed, step, seed_at, step_at)
     rows = to_channels(x, axis, group_size)
     index = indices(x, offset)

@@ -24,7 +24,7 @@ from qkernels.backends.triton.philox import (
     normal,
     uniform,
 )
-from qkernels.ops._check import check_stats
+from qkernels.ops._noise import check_statistics
 
 # two eights a thread: a draw needs too many registers for the tile of the cheaper kernels
 TILE = launch.TILE // 2
@@ -269,10 +269,9 @@ def differential_noise(
     inplace: bool = False,
 ) -> Tensor:
     """-> y; without previous statistics they are the present ones."""
-    check_stats("differential_noise", mean, std)
+    check_statistics("differential_noise", x, mean, std, prev_mean, prev_std)
     params: tuple[Tensor | None, ...] = (mean, std, None, None)
     if prev_mean is not None and prev_std is not None:
-        check_stats("differential_noise", prev_mean, prev_std, "prev_")
         params = (mean, std, prev_mean, prev_std)
     draw = Draw(DIFFERENTIAL, number(seed, seed_at), number(step, step_at), offset, ramp)
     return add(x, params, draw, axis, group_size, inplace)
@@ -294,7 +293,7 @@ def drop_in_noise(
     inplace: bool = False,
 ) -> Tensor:
     """-> y."""
-    check_stats("drop_in_noise", mean, std)
+    check_statistics("drop_in_noise", x, mean, std)
     counter = (number(seed, seed_at), number(step, step_at), offset)
     draw = Draw(DROP_IN, *counter, ramp, numeric.gate_threshold(p))
     return add(x, (mean, std, None, None), draw, axis, group_size, inplace)
@@ -314,7 +313,7 @@ def uniform_noise(
     inplace: bool = False,
 ) -> Tensor:
     """-> y."""
-    check_stats("uniform_noise", None, scale)
+    check_statistics("uniform_noise", x, scale)
     counter = (number(seed, seed_at), number(step, step_at), offset)
     draw = Draw(UNIFORM, *counter, threshold=numeric.gate_threshold(p))
     return add(x, (None, scale, None, None), draw, axis, group_size, inplace)
