@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qkernels import numeric
 from qkernels.backends.reference import philox
-from qkernels.backends.reference.error_stats import update_ema
+from qkernels.backends.reference.error_stats import move_average
 from qkernels.backends.reference.noise import indices
 from qkernels.ops import _check
 
@@ -309,7 +309,7 @@ def check_average(runner: Runner, args: tuple, stats: Tensor) -> None:
     start = torch.rand(5, channels, dtype=stats.dtype).to(stats.device)
     start[4] *= 0.9
     want, got = start.clone(), start.clone()
-    update_ema(want, stats.reshape(4, channels), 0.9)
+    move_average(want, stats.reshape(4, channels), 0.9)
     assert_same(run(runner, *args, got, 0.9), stats, "statistics with an average")
     if runner.row.backend == "triton":  # whose division need not be IEEE's
         assert_values(got, want, "average")

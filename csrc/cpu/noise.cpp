@@ -55,7 +55,7 @@ inline void noise_columns(const C* x, C* y, const Draws d, int64_t n, C ramp,
   }
 }
 
-inline int64_t seed_of(int64_t number, const int64_t* at) {
+inline int64_t number_of(int64_t number, const int64_t* at) {
   return at ? *at & kLargestSeed : number;
 }
 
@@ -65,8 +65,8 @@ struct Source {
       : kind(p.kind),
         threshold(p.threshold),
         gated(p.kind != NoiseKind::differential && p.threshold < 1 << 24) {
-    const uint64_t seed = uint64_t(seed_of(p.counter.seed, p.counter.seed_at));
-    const int64_t step = seed_of(p.counter.step, p.counter.step_at);
+    const uint64_t seed = uint64_t(number_of(p.counter.seed, p.counter.seed_at));
+    const int64_t step = number_of(p.counter.step, p.counter.step_at);
     value = Stream(seed, uint64_t(step) | kValues);
     previous = Stream(seed, uint64_t(step - 1) & uint64_t(kLargestSeed));
     gates = Stream(seed, uint64_t(step) | kGates);

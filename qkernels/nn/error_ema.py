@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qkernels import numeric
+from qkernels.backends.reference.error_stats import move_average
 from qkernels.nn import observe
 from qkernels.nn.fake_quantize import NARROW
 from qkernels.nn.qconfig import QuantSpec
 from qkernels.ops import _check
 from qkernels.ops._library import call
-from qkernels.ops.error_stats import ErrorStats, move_average, stats_call, update_error_stats
+from qkernels.ops.error_stats import ErrorStats, stats_call, update_error_stats
 
 
 class ErrorEMA(nn.Module):

@@ -271,7 +271,7 @@ def step_of_call(state: Tensor, step: Tensor, turn: Tensor) -> Tensor:
 
 
 # for compiled code, which may run it again in a backward
-step_op = torch.library.custom_op(
+call_op = torch.library.custom_op(
     "qkernels::noise_step_of_call",
     step_of_call,
     mutates_args=("state",),
@@ -279,8 +279,8 @@ step_op = torch.library.custom_op(
 )
 
 
-@step_op.register_fake
-def _step_fake(state: Tensor, step: Tensor, turn: Tensor) -> Tensor:
+@call_op.register_fake
+def _call_fake(state: Tensor, step: Tensor, turn: Tensor) -> Tensor:
     return torch.empty_like(step)
 
 
@@ -317,7 +317,7 @@ class InputNoise(TensorNoise):
     def _step_of_call(self, step: Any, x: Tensor) -> Any:
         if torch.compiler.is_compiling():
             turn_at = self.control.noise.turn_tensor.to(step.device)
-            return step_op(self.calls, step, turn_at)
+            return call_op(self.calls, step, turn_at)
         turn = self.control.noise.turn
         number: Any = 0
         if observe.recomputing():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels import numeric
+from qkernels import _registry, numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, define, run_checked, traced
+from qkernels.ops._library import call, check, define, run_checked, traced
 
 _COUNTER = "SymInt seed, SymInt step, Tensor? seed_at, Tensor? step_at, "
 _PLACE = "SymInt offset, int? axis, int? group_size, *, str backend='') -> Tensor"
@@ -159,12 +158,7 @@ define(
     _fake,
 )
 
-_CHECKS: dict[str, Callable[..., None]] = {
-    "differential_noise": check_differential_noise,
-    "drop_in_noise": check_drop_in_noise,
-    "uniform_noise": check_uniform_noise,
-}
-OPS = tuple(_CHECKS)
+OPS = ("differential_noise", "drop_in_noise", "uniform_noise")
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
@@ -223,10 +217,10 @@ def add_noise(op: str, backend: str, inplace: bool, x: Tensor, *rest: Any) -> Te
     if torch.is_grad_enabled() and x.requires_grad:
         if not inplace:
             return AddNoise.apply(x, op, backend, rest)
-        _CHECKS[op](x, *rest)
+        check(op, x, *rest)
         check_statistics(op, x, *rest)  # a refusal leaves autograd's state alone too
         ToBeWritten.apply(x)
-        run_checked(op, backend, x.detach(), *rest, True)
+        _registry.run(op, backend, x.detach(), *rest, True)
         return x
     y = run_checked(op, backend, x, *rest, inplace)
     if inplace:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _registry, numeric
-from qkernels.backends.reference.error_stats import update_ema as move_average
+from qkernels.backends.reference.error_stats import move_average
 from qkernels.ops import _check
 from qkernels.ops._library import call, define, run_checked, traced
 
@@ -217,13 +217,13 @@ def update_error_stats(ema: Tensor, decay: float, backend: str, op: str, *args: 
     Returns:
         The statistics of this call, [4] or [4, channels].
     """
-    x = args[0]
-    if not traced(x):
+    by_torch = traced(args[0])
+    if by_torch:
+        result = call(op, backend, *args)
+    else:
         result = run_checked(op, backend, *args, ema, decay)
         torch.autograd.graph.increment_version(ema)
-    else:
-        result = call(op, backend, *args)
     stats = result if op == "error_stats" else result[0]
-    if traced(x):
+    if by_torch:
         move_average(ema, stats.reshape(4, -1), decay)
     return stats

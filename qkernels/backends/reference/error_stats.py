@@ -73,11 +73,11 @@ def error_stats_unchecked(
     clip_rate = (~v.inside).to(torch.float64).sum(dim=(0, 2)) / n
     stats = torch.stack((mean, var, mean_square, clip_rate)).to(rows.dtype)
     if ema is not None:
-        update_ema(ema, stats, decay)
+        move_average(ema, stats, decay)
     return stats.reshape(4, *numeric.params_shape(x.shape, axis, group_size))
 
 
-def update_ema(ema: Tensor, stats: Tensor, decay: float) -> None:
+def move_average(ema: Tensor, stats: Tensor, decay: float) -> None:
     """One step of the moving average, in place. ema: [5, channels], stats: [4, channels]."""
     rate = 1.0 - decay
     weight = ema[4] + (1.0 - ema[4]) * rate
