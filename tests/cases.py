@@ -84,6 +84,7 @@ LARGE_CASES = (
     Case("large_flat", lambda r: r(300_001)),
     Case("large_rows", lambda r: r(24, 9001), axis=0),
     Case("large_columns", lambda r: r(5000, 48), axis=1),
+    Case("large_wide_columns", lambda r: r(1100, 70, 2, 2), axis=1),
     Case("large_channels_last", lambda r: channels_last(r(8, 24, 40, 31)), axis=1),
     Case("large_groups", lambda r: r(64, 4096), group_size=128),
 )
@@ -126,3 +127,27 @@ def resnet50_weights() -> list[tuple[int, ...]]:
                 shapes.append((4 * width, channels, 1, 1))
             channels = 4 * width
     return [*shapes, (1000, channels)]
+
+
+def resnet18_weights() -> list[tuple[int, ...]]:
+    """Shapes of the 21 convolution and linear weights of a ResNet-18."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        shapes += [(width, channels, 3, 3), *3 * [(width, width, 3, 3)]]
+        if width != channels:
+            shapes.append((width, channels, 1, 1))
+        channels = width
+    return [*shapes, (1000, channels)]
+
+
+# what the benchmarks sweep: 1 Ki to 64 Mi elements, and an activation in both memory formats;
+# axis is where the channels are when a scale is per channel
+BENCH_CASES = (
+    Case("1Ki", lambda r: r(8, 128), axis=0),
+    Case("64Ki", lambda r: r(64, 1024), axis=0),
+    Case("2Mi", lambda r: r(512, 4096), axis=0),
+    Case("64Mi", lambda r: r(8192, 8192), axis=0),
+    Case("activation", lambda r: r(32, 64, 56, 56), axis=1),
+    Case("activation_nhwc", lambda r: channels_last(r(32, 64, 56, 56)), axis=1),
+)

@@ -178,7 +178,7 @@ def test_missing_module_is_one_warning() -> None:
 def test_build_info() -> None:
     info = qkernels.build_info()
     assert info["qkernels"] == qkernels.__version__ and info["torch"] == torch.__version__
-    assert info["native"]["simd"] in ("base", "avx2", "avx512")
+    assert info["native"]["simd"] in ("base", "avx2", "avx512", "neon")
     assert info["rows"]["fake_quant on cpu"]["native"] == "can run"
     printed = subprocess.run(
         [sys.executable, "-m", "qkernels"],

@@ -1,11 +1,18 @@
 #include "cpu/error_stats.h"
 
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/quant_range.h"
 #include "dispatch.h"
 #include "math/error_stats.h"
 
 namespace qk::cpu::QK_ISA {
+
+template <class C>
+void write_stats(const ErrorStatsParams& p, int64_t channel, const ErrorSums& s) {
+  write_error_stats(error_stats_of<C>(s.n, s.mean, s.spread, s.clipped), channel, p.layout.channels,
+                    static_cast<C*>(p.stats), static_cast<C*>(p.ema), C(1.0 - p.decay));
+}
 
 template <class T, class C>
 class ErrorStatsWork : public Work {
@@ -26,7 +33,7 @@ class ErrorStatsWork : public Work {
       const Channel<C> c = table[unit.channel * table.repeat];
       const ErrorSums of_unit = sums(x, unit.rows * unit.length, c);
       if (units.per_channel() == 1)
-        write(unit.channel, of_unit);
+        write_stats<C>(p, unit.channel, of_unit);
       else
         partial[cursor.slot()] = of_unit;
     }
@@ -36,9 +43,8 @@ class ErrorStatsWork : public Work {
     const int64_t per_channel = units.per_channel();
     for (int64_t c = 0; per_channel != 1 && c < p.layout.channels; ++c) {
       ErrorSums all = {0, 0, 0, 0};
-      if (per_channel > 0) all = partial[c * per_channel];
-      for (int64_t k = 1; k < per_channel; ++k) all.merge(partial[c * per_channel + k]);
-      write(c, all);
+      for (int64_t k = 0; k < per_channel; ++k) all.merge(partial[c * per_channel + k]);
+      write_stats<C>(p, c, all);
     }
     return false;
   }
@@ -53,21 +59,84 @@ class ErrorStatsWork : public Work {
         table(p.layout),
         partial(units.per_channel() == 1 ? 0 : units.count()) {}
 
-  void write(int64_t channel, const ErrorSums& s) {
-    write_error_stats(error_stats_of<C>(s.n, s.mean, s.spread, s.clipped), channel,
-                      p.layout.channels, static_cast<C*>(p.stats), static_cast<C*>(p.ema),
-                      C(1.0 - p.decay));
-  }
-
   const ErrorStatsParams p;
   const Units units;
   ChannelTable<C> table;
   Buffer<ErrorSums> partial;
 };
 
+// The same where channels interleave.
+template <class T, class C>
+class ErrorColumnsWork final : public Work {
+ public:
+  explicit ErrorColumnsWork(const ErrorStatsParams& p)
+      : p(p), columns(p.layout), table(p.layout), partial(columns.slots()) {
+    invalid = fill(table, p.quant, p.layout.channels) >= 0;
+    items = columns.count();
+    cost = columns.cost();
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    for (int64_t i = begin; i < end; ++i)
+      p.clip_value ? run_tile<true>(columns[i]) : run_tile<false>(columns[i]);
+  }
+
+  bool next() override {
+    for (int64_t c = 0; c < p.layout.channels; ++c) {
+      ErrorSums all = {0, 0, 0, 0};
+      columns.each_of(c, [&](int64_t slot) { all.merge(partial[slot]); });
+      write_stats<C>(p, c, all);
+    }
+    return false;
+  }
+
+ private:
+  template <bool kClipValue>
+  void run_tile(const Columns::Tile& tile) {
+    ErrorColumns<C> sums;
+    C buffer[Columns::kWide];
+    const int64_t n = tile.columns;
+    const auto row = [&](int64_t r) {
+      const T* src = static_cast<const T*>(p.x) + r * columns.width + tile.column;
+      return load(src, buffer, n);
+    };
+    const auto value = [&](int64_t r, int64_t c) {
+      return to_compute(static_cast<const T*>(p.x)[r * columns.width + tile.column + c]);
+    };
+    const int64_t last = tile.row + tile.rows - 1, middle = tile.row + tile.rows / 2;
+    for (int64_t c = 0; c < n; ++c)
+      sums.pivot[c] = error_pivot<kClipValue>(value(tile.row, c), value(middle, c), value(last, c),
+                                              table[tile.column + c]);
+    Columns::each_sum(tile, [&](int64_t r, int64_t end) {
+      sums.begin(n);
+      for (; r < end; ++r) sums.template add<kClipValue>(row(r), n, table, tile.column);
+      sums.end(n);
+    });
+    for (int64_t c = 0; c < n; ++c) {
+      ErrorSums& of_column = partial[tile.slot + c];
+      of_column = sums.of(c, tile.rows);
+      if (of_column.good_pivot(sums.pivot[c])) continue;
+      C x[Columns::kRows];
+      for (int64_t r = 0; r < tile.rows; ++r) x[r] = value(tile.row + r, c);
+      of_column = error_sums<kClipValue>(x, tile.rows, table[tile.column + c]);
+    }
+  }
+
+  const ErrorStatsParams p;
+  const Columns columns;
+  ChannelTable<C> table;
+  Buffer<ErrorSums> partial;
+};
+
+template <class T, class C>
+Work* typed_stats_work(const ErrorStatsParams& p) {
+  if (Columns::fit(p.layout)) return new ErrorColumnsWork<T, C>(p);
+  return new ErrorStatsWork<T, C>(p);
+}
+
 static Work* error_stats_work(const ErrorStatsParams& p) {
   Work* work = nullptr;
-  QK_DISPATCH(p.dtype, work = new ErrorStatsWork<T, C>(p));
+  QK_DISPATCH(p.dtype, work = (typed_stats_work<T, C>(p)));
   return work;
 }
 

@@ -15,6 +15,7 @@ class FakeQuantWork final : public Work {
     invalid = fill(table, p.quant, p.layout.channels) >= 0;
     items = blocks_of(p.layout.numel());
     cost = kBlock;
+    expect_output(p.x, p.y, p.layout.numel() * int64_t(sizeof(T)));
   }
 
   void run(int64_t begin, int64_t end) override {
@@ -35,7 +36,7 @@ Work* fake_quant_work(const FakeQuantParams& p) {
 }
 
 int64_t fake_quant(const FakeQuantParams* calls, int64_t count, int threads) {
-  return run_list(calls, count, threads, fake_quant_work);
+  return run_list(calls, count, threads, fake_quant_work, /*only_valid=*/true);
 }
 
 // Bits, not values, are moved: a clipped element is +0 even where grad is NaN or infinite.
@@ -56,6 +57,7 @@ class SelectWork final : public Work {
   explicit SelectWork(const FakeQuantBwdParams& p) : p(p) {
     items = blocks_of(p.numel);
     cost = kBlock;
+    expect_output(p.grad, p.grad_x, p.numel * int64_t(sizeof(Word)));
   }
 
   void run(int64_t begin, int64_t end) override {

@@ -8,10 +8,11 @@
 
 namespace qk::cpu::QK_ISA {
 
-// n elements of one channel.
+// n elements of one channel; x and y may be the same memory.
 template <bool kClipValue, class C>
-inline void quantize_row(const C* __restrict x, C* __restrict y, uint8_t* __restrict inside,
-                         int64_t n, const Channel<C> c) {
+inline void quantize_row(const C* x, C* y, uint8_t* __restrict inside, int64_t n,
+                         const Channel<C> c) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Quantized<C> v = quantize_value<kClipValue>(x[i], c);
     y[i] = dequantize_value(v.q, c);
@@ -21,12 +22,13 @@ inline void quantize_row(const C* __restrict x, C* __restrict y, uint8_t* __rest
 
 // n elements of n channels.
 template <bool kClipValue, class C>
-inline void quantize_columns(const C* __restrict x, C* __restrict y, uint8_t* __restrict inside,
-                             int64_t n, const ChannelTable<C>& table, int64_t first) {
+inline void quantize_columns(const C* x, C* y, uint8_t* __restrict inside, int64_t n,
+                             const ChannelTable<C>& table, int64_t first) {
   const C* __restrict inv = table.values.data + first;
   const C* __restrict scale = inv + table.channels;
   const C* __restrict lo = scale + table.channels;
   const C* __restrict hi = lo + table.channels;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Channel<C> c = {inv[i], scale[i], lo[i], hi[i]};
     const Quantized<C> v = quantize_value<kClipValue>(x[i], c);
@@ -35,7 +37,7 @@ inline void quantize_columns(const C* __restrict x, C* __restrict y, uint8_t* __
   }
 }
 
-// Elements [begin, end) of the tensor; begin is a multiple of 8. mask may be null.
+// Elements [begin, end) of the tensor; begin is a multiple of 8. mask may be null, y may be x.
 template <class T, class C, bool kClipValue>
 void fake_quant_range(const T* x, T* y, uint8_t* mask, const ChannelTable<C>& table, int64_t begin,
                       int64_t end) {

@@ -14,6 +14,7 @@ class RowsWork final : public Work {
       : p(p), group(p.range.layout.inner % 8 ? 8 : 1), table(p.range.layout) {
     items = (p.range.layout.channels + group - 1) / group;
     cost = group * p.range.layout.inner;
+    expect_output(p.range.x, p.y, p.range.layout.numel() * int64_t(sizeof(T)));
   }
 
   void run(int64_t begin, int64_t end) override {

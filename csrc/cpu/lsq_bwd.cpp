@@ -1,4 +1,5 @@
 #include "cpu/channels.h"
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/units.h"
 #include "cpu/work.h"
@@ -45,6 +46,7 @@ class LsqWork final : public Work {
     invalid = fill(table, p.quant, p.layout.channels) >= 0;
     items = units.count();
     cost = units.cost();
+    expect_output(p.grad, p.grad_x, p.layout.numel() * int64_t(sizeof(T)));
   }
 
   void run(int64_t begin, int64_t end) override {
@@ -89,10 +91,96 @@ class LsqWork final : public Work {
   Buffer<Sums> partial;
 };
 
+// The gradients of n columns in one row, added to scale[n] and zero_point[n].
+template <bool kClipValue, class C>
+void lsq_columns(const C* __restrict grad, const C* __restrict x, C* __restrict grad_x, int64_t n,
+                 const ChannelTable<C>& table, int64_t first, C* __restrict scale,
+                 C* __restrict zero_point) {
+  const C* __restrict inv = table.values.data + first;
+  const C* __restrict step = inv + table.channels;
+  const C* __restrict lo = step + table.channels;
+  const C* __restrict hi = lo + table.channels;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const Channel<C> c = {inv[i], step[i], lo[i], hi[i]};
+    const LsqGrad<C> g = lsq_grad<kClipValue>(grad[i], x[i], c);
+    grad_x[i] = g.x;
+    scale[i] += g.scale;
+    zero_point[i] += g.zero_point;
+  }
+}
+
+// LsqWork where channels interleave.
+template <class T, class C>
+class LsqColumnsWork final : public Work {
+ public:
+  explicit LsqColumnsWork(const LsqBwdParams& p)
+      : p(p), columns(p.layout), table(p.layout), partial(columns.slots()) {
+    invalid = fill(table, p.quant, p.layout.channels) >= 0;
+    items = columns.count();
+    cost = columns.cost();
+    expect_output(p.grad, p.grad_x, p.layout.numel() * int64_t(sizeof(T)));
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    for (int64_t i = begin; i < end; ++i) run_tile(columns[i]);
+  }
+
+  bool next() override {
+    for (int64_t c = 0; c < p.layout.channels; ++c) {
+      Sums sum = {0, 0};
+      columns.each_of(c, [&](int64_t slot) {
+        sum.scale += partial[slot].scale;
+        sum.zero_point += partial[slot].zero_point;
+      });
+      static_cast<C*>(p.grad_s)[c] = C(sum.scale * p.grad_scale);
+      static_cast<C*>(p.grad_zp)[c] = C(sum.zero_point * p.grad_scale);
+    }
+    return false;
+  }
+
+ private:
+  static constexpr int64_t kWide = Columns::kWide;
+
+  void run_tile(const Columns::Tile& tile) {
+    C grad_buffer[kWide], x_buffer[kWide], out_buffer[kWide], scale[kWide], zero_point[kWide];
+    const int64_t n = tile.columns;
+    const auto row = p.clip_value ? lsq_columns<true, C> : lsq_columns<false, C>;
+    Sums* sums = partial.data + tile.slot;
+    for (int64_t c = 0; c < n; ++c) sums[c] = {0, 0};
+    Columns::each_sum(tile, [&](int64_t r, int64_t end) {
+      for (int64_t c = 0; c < n; ++c) scale[c] = zero_point[c] = C(0);
+      for (; r < end; ++r) {
+        const int64_t first = r * columns.width + tile.column;
+        const C* grad = load(static_cast<const T*>(p.grad) + first, grad_buffer, n);
+        const C* x = load(static_cast<const T*>(p.x) + first, x_buffer, n);
+        T* dst = static_cast<T*>(p.grad_x) + first;
+        row(grad, x, stage(dst, out_buffer), n, table, tile.column, scale, zero_point);
+        store(dst, out_buffer, n);
+      }
+      for (int64_t c = 0; c < n; ++c) {
+        sums[c].scale += double(scale[c]);
+        sums[c].zero_point += double(zero_point[c]);
+      }
+    });
+  }
+
+  const LsqBwdParams p;
+  const Columns columns;
+  ChannelTable<C> table;
+  Buffer<Sums> partial;
+};
+
+template <class T, class C>
+Work* lsq_work(const LsqBwdParams& p) {
+  if (Columns::fit(p.layout)) return new LsqColumnsWork<T, C>(p);
+  return new LsqWork<T, C>(p);
+}
+
 int64_t lsq_bwd(const LsqBwdParams* calls, int64_t count, int threads) {
   return run_list(calls, count, threads, [](const LsqBwdParams& p) {
     Work* work = nullptr;
-    QK_DISPATCH(p.dtype, work = new LsqWork<T, C>(p));
+    QK_DISPATCH(p.dtype, work = (lsq_work<T, C>(p)));
     return work;
   });
 }

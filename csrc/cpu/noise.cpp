@@ -108,6 +108,7 @@ class NoiseWork final : public Work {
     items = numel == 0 ? 0 : numel / size(last_) / (run_ == last_ ? 1 : size(run_)) * pieces_;
     cost = run_ != last_ ? size(last_) * kRun : size(run_) < kBlock ? size(run_) : kBlock;
     fill();
+    expect_output(p.x, p.y, numel * int64_t(sizeof(T)));
   }
 
   // Where neighbours in memory are neighbours in the row-major index, an item is a piece of such a

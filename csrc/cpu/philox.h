@@ -9,6 +9,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace qk::cpu::QK_ISA {
@@ -61,6 +63,20 @@ struct Wide {
     const __m128i low = _mm_and_si128(v, _mm_set1_epi64x(0xFFFFFFFF));
     const __m128i pairs = _mm_or_si128(low, _mm_slli_epi64(o.v, 32));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), pairs);
+  }
+};
+#elif defined(__aarch64__)
+struct Wide {
+  static constexpr int kLanes = 2, kTogether = 4;
+  uint64x2_t v;
+  static Wide all(uint64_t x) { return {vdupq_n_u64(x)}; }
+  static Wide count() { return {vcombine_u64(vcreate_u64(0), vcreate_u64(1))}; }
+  Wide plus(Wide o) const { return {vaddq_u64(v, o.v)}; }
+  Wide times(Wide o) const { return {vmull_u32(vmovn_u64(v), vmovn_u64(o.v))}; }
+  Wide high() const { return {vshrq_n_u64(v, 32)}; }
+  Wide exclusive_or(Wide o, Wide p) const { return {veorq_u64(veorq_u64(v, o.v), p.v)}; }
+  void store_pairs(Wide o, uint32_t* out) const {
+    vst1q_u32(out, vreinterpretq_u32_u64(vsliq_n_u64(v, o.v, 32)));
   }
 };
 #else

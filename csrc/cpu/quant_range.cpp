@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/channels.h"
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "dispatch.h"
 
@@ -59,6 +60,56 @@ class MinMaxWork final : public UnitWork<T, C> {
     partial[slot] = minmax(row, n);
   }
 
+  Range<C>* ranges;
+  Buffer<Range<C>> partial;
+};
+
+// The same where channels interleave.
+template <class T, class C>
+class ColumnMinMaxWork final : public Work {
+ public:
+  ColumnMinMaxWork(const QuantRangeParams& p, Range<C>* ranges)
+      : p(p), columns(p.layout), ranges(ranges), partial(columns.slots()) {
+    items = columns.count();
+    cost = columns.cost();
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    for (int64_t i = begin; i < end; ++i) see(columns[i]);
+  }
+
+  bool next() override {
+    for (int64_t c = 0; c < p.layout.channels; ++c) {
+      Range<C> r = {C(INFINITY), -C(INFINITY)};
+      columns.each_of(c, [&](int64_t slot) {
+        r.lo = qk_min(r.lo, partial[slot].lo);
+        r.hi = qk_max(r.hi, partial[slot].hi);
+      });
+      ranges[c] = r;
+    }
+    return false;
+  }
+
+ private:
+  void see(const Columns::Tile& tile) {
+    C lo[Columns::kWide], hi[Columns::kWide], sum[Columns::kWide], buffer[Columns::kWide];
+    const int64_t n = tile.columns;
+    for (int64_t c = 0; c < n; ++c) {
+      lo[c] = C(INFINITY);
+      hi[c] = -C(INFINITY);
+      sum[c] = C(0);
+    }
+    for (int64_t r = tile.row; r < tile.row + tile.rows; ++r) {
+      const T* src = static_cast<const T*>(p.x) + r * columns.width + tile.column;
+      const C* row = load(src, buffer, n);
+      for (int64_t c = 0; c < n; ++c) widen_range(row[c], lo[c], hi[c], sum[c]);
+    }
+    for (int64_t c = 0; c < n; ++c)
+      partial[tile.slot + c] = sum[c] == sum[c] ? Range<C>{lo[c], hi[c]} : Range<C>{sum[c], sum[c]};
+  }
+
+  const QuantRangeParams& p;
+  const Columns columns;
   Range<C>* ranges;
   Buffer<Range<C>> partial;
 };
@@ -184,6 +235,8 @@ class RangeWork final : public Chain {
   RangeWork(const QuantRangeParams& p, int64_t share) : p(p), ranges(p.layout.channels) {
     if (p.method == Method::percentile) {
       link = percentile_work<T, C>(this->p, share, ranges.data);
+    } else if (Columns::fit(p.layout)) {
+      link = new ColumnMinMaxWork<T, C>(this->p, ranges.data);
     } else {
       link = new MinMaxWork<T, C>(this->p, ranges.data);
     }

@@ -10,6 +10,14 @@
 
 namespace qk::cpu::QK_ISA {
 
+// One more element. sum keeps a NaN that the comparisons pass over.
+template <class C>
+inline void widen_range(C v, C& lo, C& hi, C& sum) {
+  lo = v < lo ? v : lo;
+  hi = v > hi ? v : hi;
+  sum = v == v ? sum : v;
+}
+
 // Least and greatest of n elements; NaN wins. lo = inf, hi = -inf of none.
 template <class C>
 Range<C> minmax(const C* __restrict x, int64_t n) {
@@ -19,11 +27,7 @@ Range<C> minmax(const C* __restrict x, int64_t n) {
     hi[l] = -C(INFINITY);
     sum[l] = C(0);
   }
-  const auto see = [&](C v, int64_t l) {
-    lo[l] = v < lo[l] ? v : lo[l];
-    hi[l] = v > hi[l] ? v : hi[l];
-    sum[l] = v == v ? sum[l] : v;  // keeps a NaN that the comparisons pass over
-  };
+  const auto see = [&](C v, int64_t l) { widen_range(v, lo[l], hi[l], sum[l]); };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) see(x[i + l], l);

@@ -1,5 +1,7 @@
 #include "math/quantize.h"
 
+#include <cstring>
+
 #include "cpu/channels.h"
 #include "cpu/convert.h"
 #include "cpu/isa.h"
@@ -54,14 +56,27 @@ void write_codes(const int32_t* code, int64_t n, void* dst, int64_t at, int byte
   }
 }
 
-void write_packed(const int32_t* code, int64_t n, uint8_t* dst, int pack) {
-  const int per_byte = 8 / pack;
-  for (int64_t b = 0; b < packed_bytes(n, pack); ++b) {
-    uint32_t byte = 0;
-    for (int i = 0; i < per_byte && b * per_byte + i < n; ++i)
-      byte |= pack_code(code[b * per_byte + i], i, pack);
+// Codes in bytes, 8 / kPack of them in a Word, to the bytes that hold them.
+template <class Word, int kPack>
+void pack_bytes(const uint8_t* code, uint8_t* dst, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; ++b) {
+    Word word, byte = 0;
+    memcpy(&word, code + b * sizeof(Word), sizeof(Word));
+    for (int i = 0; i < 8 / kPack; ++i) byte |= Word(word >> (i * (8 - kPack)));
     dst[b] = uint8_t(byte);
   }
+}
+
+// The same as pack_code of one after the other, n <= kBlock.
+void write_packed(const int32_t* code, int64_t n, uint8_t* dst, int pack) {
+  const uint8_t mask = uint8_t((1 << pack) - 1);
+  const int64_t bytes = packed_bytes(n, pack);
+  uint8_t narrow[kBlock + 8];
+  for (int64_t i = 0; i < n; ++i) narrow[i] = uint8_t(code[i]) & mask;
+  memset(narrow + n, 0, 8);  // the spare bits of the last byte
+  if (pack == 4) pack_bytes<uint16_t, 4>(narrow, dst, bytes);
+  if (pack == 2) pack_bytes<uint32_t, 2>(narrow, dst, bytes);
+  if (pack == 1) pack_bytes<uint64_t, 1>(narrow, dst, bytes);
 }
 
 template <class T, class C>
@@ -120,10 +135,27 @@ void read_codes(const DequantizeParams& p, int64_t at, int64_t n, int32_t* code)
   return p.code_signed ? widen<int8_t>(p.codes, at, n, code) : widen<uint8_t>(p.codes, at, n, code);
 }
 
-void read_packed(const DequantizeParams& p, const uint8_t* bytes, int64_t n, int32_t* code) {
-  const int per_byte = 8 / p.pack;
-  for (int64_t i = 0; i < n; ++i)
-    code[i] = unpack_code(bytes[i / per_byte], int(i % per_byte), p.pack, p.quant.qmin < 0);
+// The way back from pack_bytes.
+template <class Word, int kPack>
+void unpack_bytes(const uint8_t* src, int64_t bytes, uint8_t* code) {
+  constexpr Word kEach = Word(~Word(0)) / 255 * ((1 << kPack) - 1);
+  for (int64_t b = 0; b < bytes; ++b) {
+    Word word = 0;
+    for (int i = 0; i < 8 / kPack; ++i) word |= Word(Word(src[b]) << (i * (8 - kPack)));
+    word &= kEach;
+    memcpy(code + b * sizeof(Word), &word, sizeof(Word));
+  }
+}
+
+// The same as unpack_code of one after the other, n <= kBlock.
+void read_packed(const DequantizeParams& p, const uint8_t* src, int64_t n, int32_t* code) {
+  const int64_t bytes = packed_bytes(n, p.pack);
+  uint8_t narrow[kBlock + 8];
+  if (p.pack == 4) unpack_bytes<uint16_t, 4>(src, bytes, narrow);
+  if (p.pack == 2) unpack_bytes<uint32_t, 2>(src, bytes, narrow);
+  if (p.pack == 1) unpack_bytes<uint64_t, 1>(src, bytes, narrow);
+  const int32_t sign = p.quant.qmin < 0 ? 1 << (p.pack - 1) : 0;
+  for (int64_t i = 0; i < n; ++i) code[i] = (int32_t(narrow[i]) ^ sign) - sign;
 }
 
 template <class T, class C>
@@ -134,6 +166,7 @@ class DequantizeWork final : public Work {
     invalid = fill(table, p.quant, p.layout.channels) >= 0;
     items = blocks.count;
     cost = block_end(1, blocks.row_size);
+    expect_output(p.codes, p.y, p.layout.numel() * int64_t(sizeof(T)));
   }
 
   void run(int64_t begin, int64_t end) override {

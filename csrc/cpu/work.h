@@ -2,6 +2,7 @@
 // and the next begins.
 #pragma once
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace qk::cpu::QK_ISA {

@@ -44,7 +44,8 @@ QK_HD Quantized<C> quantize_value(C x, const Channel<C>& c) {
   const C t = x * c.inv;
   const C r = kAnyZero ? signed_rint(t) : qk_rint(t);
   const C q = qk_clamp(r, c.lo, c.hi);
-  const bool inside = kClipValue ? (t >= c.lo && t <= c.hi) : r == q;
+  // & and not &&, here and below: a jump can leave a loop scalar (GCC 12)
+  const bool inside = kClipValue ? (t >= c.lo) & (t <= c.hi) : r == q;
   return {t, q, inside};
 }
 
@@ -66,7 +67,7 @@ QK_HD LsqGrad<C> lsq_grad(C grad, C x, const Channel<C>& c) {
   const bool known = v.t == v.t;
   const C slope = v.q - (v.inside ? v.t : C(0));
   return {v.inside ? grad : C(0), known ? grad * slope : C(0),
-          known && !v.inside ? grad * -c.scale : C(0)};
+          known & !v.inside ? grad * -c.scale : C(0)};
 }
 
 }  // namespace QK_ISA
