@@ -1,4 +1,4 @@
-"""Noise ops: fp32, 512 x 4608, per channel, 2 threads; what each allocates and saves."""
+"""Noise ops: what eager torch draws, scales, shifts and adds in one pass each."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import read_ledger
 from compare import assert_same
-from rivals import compiled
+from headline import BYTES, SHAPE
+from parity import assert_noise
+from record import peak_bytes, saved_bytes, work_of
+from rivals import Call, compiled, copies
+from sweep import Spot, bytes_of
 from timing import Bar, race
 from torch import Tensor
 
 import qkernels
 
-SHAPE = (512, 4608)
-BYTES = SHAPE[0] * SHAPE[1] * 4
+pytestmark = pytest.mark.benchmark(timer=read_ledger)
+
 RAMP, P = 0.7, 0.5
+READ_WRITE = "read x, write y: 2 N s"
 
 
 def eager_differential(
@@ -55,7 +61,7 @@ class Inputs:
 
 
 def noise_race(
-    benchmark: Any, x: Tensor, ours: Callable[..., Tensor], eager: Callable[[], Tensor], bar: float
+    benchmark: Any, x: Tensor, ours: Callable[..., Tensor], eager: Call, bar: float, op: str
 ) -> None:
     assert_same(ours(x), ours(x, backend="reference"))
     by_compiler = compiled(eager)
@@ -72,85 +78,122 @@ def noise_race(
             "ours in place": lambda: ours(own, inplace=True),
         },
         bars=(Bar("eager", bar), Bar("torch.compile", 1)),
-        ideal_bytes=2 * BYTES,
-        copy_bytes=2 * BYTES,
+        work=work_of(op, x, 2 * BYTES, READ_WRITE, axis=0),
         rounds=5,
     )
 
 
-def bench_differential_noise(benchmark: Any) -> None:
+@pytest.mark.bar
+def bench_differential_noise_bar(benchmark: Any) -> None:
     i = Inputs()
-    ours = partial(
-        qkernels.differential_noise,
-        stats=i.stats,
-        prev_stats=i.previous,
-        seed=1,
-        step=2,
-        ramp=RAMP,
-    )
+    kw: dict[str, Any] = dict(prev_stats=i.previous, seed=1, step=2, ramp=RAMP)
+    ours = partial(qkernels.differential_noise, stats=i.stats, **kw)
     columns = i.columns()
-    noise_race(benchmark, i.x, ours, lambda: eager_differential(i.x, *columns), 10)
+    eager = lambda: eager_differential(i.x, *columns)  # noqa: E731
+    noise_race(benchmark, i.x, ours, eager, 10, "differential_noise")
 
 
-def bench_drop_in_noise(benchmark: Any) -> None:
+@pytest.mark.bar
+def bench_drop_in_noise_bar(benchmark: Any) -> None:
     i = Inputs()
     ours = partial(qkernels.drop_in_noise, stats=i.stats, p=P, seed=1, step=2, ramp=RAMP, axis=0)
     mean, std, _, _ = i.columns()
-    noise_race(benchmark, i.x, ours, lambda: eager_drop_in(i.x, mean, std), 5)
+    noise_race(benchmark, i.x, ours, lambda: eager_drop_in(i.x, mean, std), 5, "drop_in_noise")
 
 
-def bench_uniform_noise(benchmark: Any) -> None:
+@pytest.mark.bar
+def bench_uniform_noise_bar(benchmark: Any) -> None:
     i = Inputs()
     ours = partial(qkernels.uniform_noise, scale=i.scale, seed=1, step=2, axis=0)
     column = i.scale[:, None]
-    noise_race(benchmark, i.x, ours, lambda: eager_uniform(i.x, column), 5)
+    noise_race(benchmark, i.x, ours, lambda: eager_uniform(i.x, column), 5, "uniform_noise")
 
 
-@pytest.mark.parametrize("order", ("nchw", "channels_last"))
-def bench_activation(benchmark: Any, order: str) -> None:
-    """drop_in_noise of an activation (32, 64, 56, 56), one std for the tensor."""
-    x = torch.randn(32, 64, 56, 56)
-    x = x.to(memory_format=torch.channels_last) if order == "channels_last" else x
-    ours = partial(qkernels.drop_in_noise, stats=(0.0, 0.1), p=P, seed=1, step=2)
-    assert_same(ours(x), ours(x, backend="reference"))
-    out, std = torch.empty_like(x), torch.tensor(0.1)
-    race(
-        benchmark,
-        lambda: ours(x),
-        {
-            "copy": lambda: out.copy_(x),
-            "eager": lambda: eager_drop_in(x, torch.tensor(0.0), std),
-        },
-        ideal_bytes=2 * x.numel() * 4,
-        copy_bytes=2 * x.numel() * 4,
-        rounds=2,
-    )
-
-
-def bench_memory(benchmark: Any) -> None:
+@pytest.mark.bar
+def bench_noise_memory(benchmark: Any) -> None:
     """Bytes that a call allocates beside its result, and that it saves for the backward."""
     i = Inputs()
     x = i.x.requires_grad_()
-    calls = {
+    calls: dict[str, Call] = {
         "differential_noise": lambda: qkernels.differential_noise(x, i.stats, seed=1, step=2),
         "drop_in_noise": lambda: qkernels.drop_in_noise(x, i.stats, p=P, seed=1, step=2, axis=0),
         "uniform_noise": lambda: qkernels.uniform_noise(x, i.scale, seed=1, step=2, axis=0),
     }
     figures = {}
     for name, call in calls.items():
-        saved: list[int] = []
-
-        def pack(t: Tensor, saved: list[int] = saved) -> Tensor:
-            saved.append(t.numel() * t.element_size())
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            call()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            results = [call()]
-        taken = sum(e.self_cpu_memory_usage for e in profile.events()) - x.numel() * 4
-        results.clear()
-        figures[f"{name}: bytes saved for backward"] = str(sum(saved))
-        figures[f"{name}: bytes allocated beside the result"] = str(taken)
-    benchmark.pedantic(lambda: None, rounds=1)
+        taken, _ = peak_bytes(call, "cpu")
+        figures[f"{name}: bytes saved for backward"] = str(saved_bytes(call))
+        figures[f"{name}: bytes allocated beside the result"] = str(taken - BYTES)
     benchmark.extra_info["figures"] = figures
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def statistics(spot: Spot) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of the 4-bit error of x."""
+    stats = qkernels.error_stats(spot.x, bits=4, axis=spot.axis)
+    return stats.mean, stats.std
+
+
+def sweep_race(
+    benchmark: Any,
+    spot: Spot,
+    ours: Callable[..., Tensor],
+    params: Any,
+    eager: Callable[..., Tensor],
+    asked: tuple[Bar, ...] = (),
+) -> None:
+    """ours(x, params, axis=, offset=, backend=, inplace=) against eager(x, *params)."""
+    x, own = spot.x, spot.x.clone()
+    assert_noise(partial(ours, backend=spot.backend), x, params, spot.axis)
+    # in x's dtype: without that a half tensor becomes fp32
+    flat = [spot.column(p).to(x.dtype) for p in flattened(params)]
+    work: dict[str, Call] = {"eager": lambda: eager(x, *flat)}
+    if spot.compiles():
+        fused = compiled(eager)
+        work["torch.compile"] = lambda: fused(x, *flat)
+    ideal = 2 * bytes_of(x)
+    place = spot.place()
+    in_place = lambda: ours(own, params, inplace=True, **place)  # noqa: E731
+    race(
+        benchmark,
+        lambda: ours(x, params, **place),
+        {
+            **copies(x, ideal),
+            **work,
+            "ours in place": in_place,
+        },
+        bars=asked if spot.device == "cuda" and spot.point.size == "64Mi" else (),
+        work=spot.work(ideal, READ_WRITE),
+    )
+
+
+def flattened(params: Any) -> list[Tensor]:
+    """The tensors of nested tuples."""
+    return [p for item in params for p in (flattened(item) if isinstance(item, tuple) else (item,))]
+
+
+@pytest.mark.sweep("differential_noise")
+def bench_differential_noise(benchmark: Any, spot: Spot) -> None:
+    mean, std = statistics(spot)
+    params = ((mean, std), (mean * 1.1, std * 0.9))
+
+    def ours(x: Tensor, params: Any, **kw: Any) -> Tensor:
+        return qkernels.differential_noise(x, *params, seed=1, step=2, ramp=RAMP, **kw)
+
+    sweep_race(benchmark, spot, ours, params, eager_differential, (Bar("copy", 0.7),))
+
+
+@pytest.mark.sweep("drop_in_noise")
+def bench_drop_in_noise(benchmark: Any, spot: Spot) -> None:
+    def ours(x: Tensor, params: Any, **kw: Any) -> Tensor:
+        return qkernels.drop_in_noise(x, params, p=P, seed=1, step=2, ramp=RAMP, **kw)
+
+    sweep_race(benchmark, spot, ours, statistics(spot), eager_drop_in)
+
+
+@pytest.mark.sweep("uniform_noise")
+def bench_uniform_noise(benchmark: Any, spot: Spot) -> None:
+    def ours(x: Tensor, params: Any, **kw: Any) -> Tensor:
+        return qkernels.uniform_noise(x, params[0], seed=1, step=2, **kw)
+
+    sweep_race(benchmark, spot, ours, (spot.params(bits=4)[0],), eager_uniform)

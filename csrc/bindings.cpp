@@ -99,7 +99,7 @@ QuantRangeParams read(Fields& next) {
 
 template <>
 QParamsParams read(Fields& next) {
-  return {next, next, next, next, next, next, next, next};
+  return {next, next, next, next, next, next, next, next, next, next};
 }
 
 template <>

@@ -87,6 +87,8 @@ struct QParamsParams {
   const void* range;  // [2, channels] of C
   void* scale;
   int32_t* zero_point;
+  void* running;  // [2, channels] of C: moves by range and takes its place; or null
+  double weight;  // of range in running
 };
 
 struct FakeQuantDynamicParams {

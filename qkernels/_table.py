@@ -52,8 +52,19 @@ AVAILABLE = {
     "reference": None,
 }
 
-# backends whose rows take a list in one call
-FOREACH = {"native": "qkernels.backends.native.{stem}:foreach_{op}"}
+# op -> module of the Triton backend whose rows take a list in one launch for each kind of tensor
+TRITON_LISTS = {
+    "fake_quant": "foreach",
+    "fake_quant_bwd": "foreach",
+    "lsq_bwd": "foreach_lsq",
+    "error_stats": "foreach_stats",
+    "differential_noise": "foreach_noise",
+    "drop_in_noise": "foreach_noise",
+    "uniform_noise": "foreach_noise",
+}
+
+# backend -> op -> module with the function that takes a list in one call; others go one by one
+FOREACH = {"native": STEMS, "triton": TRITON_LISTS}
 
 REFUSES: dict[tuple[str, str], str] = {}
 
@@ -65,7 +76,9 @@ ROWS: list[Row] = [
         f"qkernels.backends.{backend}.{stem}:{op}",
         AVAILABLE[backend],
         REFUSES.get((op, backend)),
-        FOREACH[backend].format(stem=stem, op=op) if backend in FOREACH else None,
+        f"qkernels.backends.{backend}.{FOREACH[backend][op]}:foreach_{op}"
+        if op in FOREACH.get(backend, {})
+        else None,
     )
     for op, stem in STEMS.items()
     for device, backends in ORDER.items()

@@ -82,13 +82,13 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from qkernels.nn import observe
 
     moves = [0]
-    moved = observe.moved
+    follow = observe.follow_range
 
-    def count(*args: Any) -> Tensor:
+    def count(*args: Any, **kw: Any) -> Any:
         moves[0] += 1
-        return moved(*args)
+        return follow(*args, **kw)
 
-    monkeypatch.setattr(observe, "moved", count)
+    monkeypatch.setattr(observe, "follow_range", count)
     return moves
 
 

@@ -224,6 +224,38 @@ def test_qparams(runner: Runner, dtype: torch.dtype) -> None:
             assert_same(got[1], want[1], "zero_point")
 
 
+@row_of("qparams")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_running_range(runner: Runner, dtype: torch.dtype) -> None:
+    """It moves in place by what is observed, and the parameters are its own."""
+    inf, nan = float("inf"), float("nan")
+    running = [
+        [0.0, 0.0, -1.0, -1.0, -2.0, nan, 0.0, -0.3],
+        [0.0, 1.0, 2.0, 0.0, 3.0, 1.0, 0.0, 0.7],
+    ]
+    observed = [
+        [-1.0, -2.0, nan, -inf, -2.0, 0.0, nan, -0.1],
+        [2.0, 3.0, 4.0, 5.0, inf, 1.0, 1.0, 0.9],
+    ]
+    for columns in (slice(None), 0, 7):
+        start, seen = (
+            torch.tensor(t, dtype=dtype, device=runner.device)[:, columns].contiguous()
+            for t in (running, observed)
+        )
+        moved, want_moved = start.clone(), start.clone()
+        want = reference("qparams", seen, 0, 15, False, want_moved, 0.1)
+        with fenced():
+            got = run(runner, seen, 0, 15, False, moved, 0.1)
+        assert_same(moved, want_moved, "running range")
+        assert_same(got[0], want[0], "scale")
+        assert_same(got[1], want[1], "zero_point")
+    fresh = torch.zeros(2, device=runner.device)
+    run(runner, torch.tensor([-1.0, 2.0], device=runner.device), 0, 15, False, fresh, 0.1)
+    assert fresh.tolist() == [-1.0, 2.0], "the first observation is taken as it is"
+    run(runner, torch.tensor([-3.0, 2.5], device=runner.device), 0, 15, False, fresh, 0.5)
+    assert fresh.tolist() == [-2.0, 2.25]
+
+
 @row_of("fake_quant_dynamic")
 @case_of
 @dtype_of

@@ -155,7 +155,7 @@ def test_every_range_method(lib: ctypes.CDLL) -> None:
 
 def test_qparams(lib: ctypes.CDLL) -> None:
     calls = []
-    for k in range(150):
+    for k in range(110):
         dtype = (torch.float32, torch.float64)[k % 2]
         calls.append((randn((2, k % 7 * 20), dtype, k).sort(0).values, 0, 15, k % 3 == 0))
     assert check(lib, "qparams", calls) == 2
@@ -240,7 +240,7 @@ def test_nothing_to_do(lib: ctypes.CDLL) -> None:
 
 
 def test_shares_of_the_grid(lib: ctypes.CDLL) -> None:
-    """Every item gets blocks, none more than it wants, and all together little more than `most`."""
+    """Every block works on the same number of those wanted, which is as small as `most` allows."""
     rng = random.Random(0)
     for _ in range(300):
         count, most = rng.randint(1, 90), rng.choice([1, 32, 4224, 2**30])
@@ -250,11 +250,6 @@ def test_shares_of_the_grid(lib: ctypes.CDLL) -> None:
         lib.shim_share_blocks(array, count, ctypes.c_int64(most), first)
         blocks = [b - a for a, b in itertools.pairwise(first)]
         assert first[0] == 0
-        if sum(wanted) <= most:
-            assert blocks == wanted
-            continue
-        assert most <= sum(blocks) < most + count
-        for got, want in zip(blocks, wanted, strict=True):
-            # no block works on more than one of a grid without rounding would
-            assert 1 <= got <= want
-            assert want * most <= got * sum(wanted) < want * most + sum(wanted)
+        rounds = -(-sum(wanted) // most)
+        assert blocks == [-(-want // rounds) for want in wanted]
+        assert sum(blocks) < most + count

@@ -37,6 +37,25 @@ FMA_IN_DIVISION = 5
 FMA_IN_ROOT = {"v_sqrt_f32": 2, "v_rsq_f32": 5}
 # one register saved around the call of a division's slow path, on NVIDIA
 SAVED_BYTES = 8
+# elements of a tensor that a thread (reads, writes) for a full tile, all in accesses of 16 bytes
+ACCESSES = {
+    "fake_quant_kernel": (16, 16),
+    "fake_quant_bwd_kernel": (16, 16),
+    "fake_quant_dynamic_kernel": (16, 16),
+    "lsq_bwd_kernel": (16, 8),  # eight of x and eight of its gradient
+    "minmax_kernel": (16, 0),
+    "mse_kernel": (16, 0),
+    "percentile_held_kernel": (32, 0),
+    "digits_kernel": (16, 0),
+    "above_kernel": (16, 0),
+    "error_stats_kernel": (8, 0),
+    "noise_kernel": (8, 8),
+    "quantize_kernel": (16, 0),  # codes are bytes
+    "dequantize_kernel": (0, 16),
+}
+ITEM_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
+# from here on an argument fills tiles
+LARGE = 8192
 
 
 def noise_arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -75,13 +94,16 @@ def arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     bits = torch.zeros(x.numel() // 8, dtype=torch.uint8)
     packed = torch.zeros(4, 1024, dtype=torch.uint8)
     ranges = [("minmax", x), ("lsq", x), ("mse", x), ("percentile", x)]
-    ranges.append(("percentile", torch.zeros(1, 9000, dtype=dtype)))
+    ranges.append(("percentile", torch.zeros(1, 9008, dtype=dtype)))
     ema = torch.zeros(5, 16, dtype=compute)
+    straddling = torch.zeros(16, 147, dtype=dtype)  # eight elements of two channels
+    longest = torch.zeros(1, 16384, dtype=dtype)  # the longest channel that is read once
     return {
         "fake_quant": [
             (x, s4, z4, 0, 15, 0, None, "code", True),
             (image, scale, None, -8, 7, 1, None, "value", True),
             (nhwc, scale, scale, -8, 7, 1, None, "code", True),
+            (straddling, scale, None, -8, 7, 0, None, "code", True),
         ],
         "fake_quant_bwd": [(x, bits, [])],
         "lsq_bwd": [
@@ -90,8 +112,13 @@ def arguments(op: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
             (image, image, scale, zero, 0, 15, 1, None, "value", 0.5),
         ],
         "quant_range": [(v, 0, 15, None, v.shape[1], False, m, 99.0) for m, v in ranges],
-        "qparams": [(torch.zeros(2, 4, dtype=compute), 0, 15, False)],
-        "fake_quant_dynamic": [(x, 0, 15, 0, None, False, "minmax", 99.0, "code", True)],
+        "qparams": [
+            (torch.zeros(2, 4, dtype=compute), 0, 15, False),
+            (torch.zeros(2, 4, dtype=compute), 0, 15, False, torch.zeros(2, 4, dtype=compute), 0.1),
+        ],
+        "fake_quant_dynamic": [
+            (v, 0, 15, 0, None, False, "minmax", 99.0, "code", True) for v in (x, longest)
+        ],
         "error_stats": [
             (x, s4, z4, 0, 15, 0, None, "code", ema[:, :4].contiguous(), 0.9),
             (image, scale, scale, 0, 15, 1, None, "value"),
@@ -150,32 +177,55 @@ def specialize(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
     return signature, fixed, attributes
 
 
-def record() -> dict[str, tuple[Any, ...]]:
-    """Key -> (kernel, signature, constants, attributes, options) of every distinct launch."""
+def recorded() -> list[tuple[Any, ...]]:
+    """(kernel, signature, constants, attributes, options) of every launch from here on."""
     import triton
 
+    launches: list[tuple[Any, ...]] = []
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **rest: Any) -> None:
+        options = {k: v for k, v in rest.items() if k not in kernel.arg_names}
+        launches.append((kernel, *specialize(kernel, args, rest), options))
+
+    triton.JITFunction.run = note
+    return launches
+
+
+def twice(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """A list of two such calls, each with memory of its own."""
+    return [args, tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)]
+
+
+def record() -> dict[str, tuple[Any, ...]]:
+    """Key -> (kernel, signature, constants, attributes, options, whether tiles are full) of every
+    distinct launch."""
     from qkernels._registry import resolve
     from qkernels._table import ROWS
     from qkernels.backends.triton import launch
 
-    launches: dict[str, tuple[Any, ...]] = {}
+    distinct: dict[str, tuple[Any, ...]] = {}
+    launches = recorded()
 
-    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **rest: Any) -> None:
-        options = {k: v for k, v in rest.items() if k not in kernel.arg_names}
-        special = specialize(kernel, args, rest)
-        launches.setdefault(f"{kernel.__name__} {special} {options}", (kernel, *special, options))
+    def call(target: str, large: bool, *args: Any) -> None:
+        resolve(target)(*args)
+        for found in launches:
+            distinct.setdefault(f"{found[0].__name__} {found[1:]}", (*found, large))
+        launches.clear()
 
-    triton.JITFunction.run = note
-    targets = {row.op: row.target for row in ROWS if row.backend == "triton"}
-    for op, target in targets.items():
+    rows = {row.op: row for row in ROWS if row.backend == "triton"}
+    for op, row in rows.items():
         double = [torch.float64] if op in WITH_DOUBLE else []
         for dtype in (torch.float32, torch.bfloat16, *double):
-            for args in arguments(op, dtype):
-                resolve(target)(*args)
+            for i, args in enumerate(arguments(op, dtype)):
+                large = args[0].numel() >= LARGE
+                call(row.target, large, *args)
+                # those of one dtype tell about all forms of a kernel, their first about the others
+                if row.foreach and (i == 0 or dtype is torch.float32):
+                    call(row.foreach, large, twice(args))
     launch.WIDE_FROM = 0  # 64-bit offsets
     for op in ("fake_quant", "lsq_bwd", "error_stats", *NOISE):
-        resolve(targets[op])(*arguments(op, torch.float32)[0])
-    return launches
+        call(rows[op].target, False, *arguments(op, torch.float32)[0])
+    return distinct
 
 
 def fused(asm: dict[str, Any]) -> int:
@@ -204,20 +254,44 @@ def spills(compiled: Any, folder: Path) -> int | None:
     return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
 
 
-def compile_all(target: str, folder: Path) -> dict[str, Any]:
-    """Compile every launch for a target; what a report holds is what the tests below look at."""
+def wide_bytes(asm: dict[str, Any], access: str) -> int:
+    """Bytes that a thread loads (`ld`) or stores (`st`) by 16 or more at a time."""
+    found = re.findall(rf"\b{access}\.global\.(?:\w+\.)*v(\d)\.b(\d+)", asm.get("ptx", ""))
+    sizes = [int(n) * int(bits) // 8 for n, bits in found]
+    return sum(size for size in sizes if size >= 16)
+
+
+def compiled_for(target: str, launched: tuple[Any, ...]) -> Any:
+    """The compiled kernel of a launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel, signature, constants, attributes, options = launched[:5]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def compile_all(target: str, folder: Path) -> dict[str, Any]:
+    """Compile every launch for a target; what a report holds is what the tests below look at."""
     compiled = []
-    for kernel, signature, constants, attributes, options in record().values():
-        source = ASTSource(kernel, signature, constants, attributes)
-        result = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-        types = [t for t in signature.values() if "*" in t]
-        wide = constants.get((kernel.arg_names.index("WIDE"),)) if "WIDE" in signature else False
-        seen = {"fused": fused(result.asm), "spilled": spills(result, folder), "wide": wide}
-        compiled.append({"kernel": kernel.__name__, "types": types, **seen})
+    for launched in record().values():
+        kernel, signature, constants, _, _, large = launched
+        result = compiled_for(target, launched)
+        named = {kernel.arg_names[i]: value for (i,), value in constants.items()}
+        types = [t.removeprefix("*") for t in signature.values() if "*" in t]
+        compiled.append(
+            {
+                "kernel": kernel.__name__,
+                "types": [str(named["DTYPE"]), *types] if "DTYPE" in named else types,
+                "fused": fused(result.asm),
+                "spilled": spills(result, folder),
+                "wide": bool(named.get("WIDE")),
+                "large": large,
+                "loaded": wide_bytes(result.asm, "ld"),
+                "stored": wide_bytes(result.asm, "st"),
+            }
+        )
     return {"kernels": sorted(kernels()), "compiled": compiled}
 
 
@@ -262,6 +336,25 @@ def test_no_register_spills(reports: dict[str, dict[str, Any]], target: str) -> 
         pytest.skip("triton came without cuobjdump: spills are not known")
     allowed = SAVED_BYTES if target.startswith("sm") else 0
     assert not [c for c in known if c["spilled"] > allowed]
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("sm")])
+def test_full_tiles_are_accessed_by_16_bytes(
+    reports: dict[str, dict[str, Any]], target: str
+) -> None:
+    seen, narrow = set(), []
+    for c in reports[target]["compiled"]:
+        name = c["kernel"].replace("_list_kernel", "_kernel")
+        if name not in ACCESSES or not c["large"]:
+            continue
+        types = [t for t in c["types"] if t in ITEM_BYTES]
+        wanted = [n * ITEM_BYTES[types[0]] for n in ACCESSES[name]]
+        if c["loaded"] < wanted[0] or c["stored"] < wanted[1]:
+            narrow.append((c, wanted))
+        seen.add(c["kernel"])
+    assert not narrow
+    lists = {k for k in reports[target]["kernels"] if k.endswith("_list_kernel")}
+    assert seen >= set(ACCESSES) | {k for k in lists if "finish" not in k}
 
 
 if __name__ == "__main__":

@@ -287,8 +287,14 @@ void quant_range(const QuantRangeParams* calls, int64_t count, int threads) {
 template <class C>
 void qparams_typed(const QParamsParams& p) {
   const C* range = static_cast<const C*>(p.range);
+  C* running = static_cast<C*>(p.running);
   for (int64_t c = 0; c < p.channels; ++c) {
-    const Range<C> r = {range[c], range[p.channels + c]};
+    Range<C> r = {range[c], range[p.channels + c]};
+    if (running) {
+      r = moved_range({running[c], running[p.channels + c]}, r, C(p.weight));
+      running[c] = r.lo;
+      running[p.channels + c] = r.hi;
+    }
     const QParams<C> q = range_to_qparams(r, C(p.qmin), C(p.qmax), p.symmetric);
     static_cast<C*>(p.scale)[c] = q.scale;
     p.zero_point[c] = q.zero_point;

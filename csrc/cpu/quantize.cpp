@@ -13,8 +13,10 @@ namespace qk::cpu::QK_ISA {
 // Rows of `row_size` codes cut at multiples of kBlock within each row, so that a block of packed
 // codes begins on a byte; neighbouring blocks lie side by side.
 struct Blocks {
-  Blocks(int64_t numel, int64_t row_size)
-      : row_size(row_size),
+  // row_size: of the packed codes. Rows that end on a byte are one long row, as codes that are not
+  // packed (pack = 0) are.
+  Blocks(int64_t numel, int64_t row, int pack)
+      : row_size(row * pack % 8 == 0 ? numel : row),
         per_row(blocks_of(row_size)),
         count(numel > 0 ? numel / row_size * per_row : 0) {}
 
@@ -83,7 +85,7 @@ template <class T, class C>
 class QuantizeWork final : public Work {
  public:
   explicit QuantizeWork(const QuantizeParams& p)
-      : p(p), blocks(p.layout.numel(), p.pack ? p.row_size : p.layout.numel()), table(p.layout) {
+      : p(p), blocks(p.layout.numel(), p.row_size, p.pack), table(p.layout) {
     invalid = fill(table, p.quant, p.layout.channels) >= 0;
     items = blocks.count;
     cost = block_end(1, blocks.row_size);
@@ -162,7 +164,7 @@ template <class T, class C>
 class DequantizeWork final : public Work {
  public:
   explicit DequantizeWork(const DequantizeParams& p)
-      : p(p), blocks(p.layout.numel(), p.pack ? p.row_size : p.layout.numel()), table(p.layout) {
+      : p(p), blocks(p.layout.numel(), p.row_size, p.pack), table(p.layout) {
     invalid = fill(table, p.quant, p.layout.channels) >= 0;
     items = blocks.count;
     cost = block_end(1, blocks.row_size);

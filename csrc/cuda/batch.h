@@ -1,6 +1,7 @@
 // A list of calls in few launches. The arguments of up to kMost calls lie side by side in the
-// kernel's parameter, and every block finds the call that it works for. A list of one takes the
-// same way.
+// kernel's parameter, and every block finds the call that it works for. One call has a kernel of
+// its own: its parameter is a hundred bytes instead of four thousand, which the driver copies at
+// each launch, and its arguments have fixed addresses, from which instructions read them directly.
 #pragma once
 
 #include <vector>
@@ -22,7 +23,7 @@ __device__ __forceinline__ int opaque(int v) {
 // Blocks first_block[k] to first_block[k + 1] work for items[k]. The 54 weights of a ResNet-50 fit
 // in one launch with arguments of 71 bytes each (the backward), in two with 147 (most kernels), in
 // three with 160 (noise, and the columns of lsq_bwd).
-template <class Args>
+template <class Args, bool kOne>
 struct Batch {
   static constexpr size_t kBytes = 4096;  // of parameters, on every GPU and driver
   static constexpr int kMost = int((kBytes - 16) / (sizeof(Args) + sizeof(int)));
@@ -32,28 +33,46 @@ struct Batch {
   Args items[kMost];
 };
 
+template <class Args>
+struct Batch<Args, true> {
+  Args item;
+};
+
+template <class Args, bool kOne>
+using BatchKernel = void (*)(Batch<Args, kOne>);
+
 // What this block works for: block `block` of the `blocks` of an item. *work is the item's
 // arguments, read anew.
-template <class Args>
+template <class Args, bool kOne>
 class Work {
  public:
   int block, blocks;
 
-  __device__ __forceinline__ explicit Work(const Batch<Args>& batch) : batch_(batch) {
-    item_ = 0;
-    for (int end = batch.count; end - item_ > 1;) {
-      const int middle = (item_ + end) / 2;
-      if (batch.first_block[middle] <= int(blockIdx.x))
-        item_ = middle;
-      else
-        end = middle;
+  __device__ __forceinline__ explicit Work(const Batch<Args, kOne>& batch) : batch_(batch) {
+    if constexpr (kOne) {
+      block = int(blockIdx.x);
+      blocks = int(gridDim.x);
+    } else {
+      item_ = 0;
+      for (int end = batch.count; end - item_ > 1;) {
+        const int middle = (item_ + end) / 2;
+        if (batch.first_block[middle] <= int(blockIdx.x))
+          item_ = middle;
+        else
+          end = middle;
+      }
+      const int first = batch.first_block[item_];
+      block = int(blockIdx.x) - first;
+      blocks = opaque(batch.first_block[item_ + 1] - first);
     }
-    const int first = batch.first_block[item_];
-    block = int(blockIdx.x) - first;
-    blocks = opaque(batch.first_block[item_ + 1] - first);
   }
 
-  __device__ __forceinline__ const Args& operator*() const { return batch_.items[opaque(item_)]; }
+  __device__ __forceinline__ const Args& operator*() const {
+    if constexpr (kOne)
+      return batch_.item;
+    else
+      return batch_.items[opaque(item_)];
+  }
   __device__ __forceinline__ const Args* operator->() const { return &**this; }
 
   __device__ int64_t thread() const { return int64_t(block) * kThreads + threadIdx.x; }
@@ -63,21 +82,19 @@ class Work {
   __device__ int warps() const { return blocks * (kThreads / kWarp); }
 
  private:
-  const Batch<Args>& batch_;
-  int item_;
+  const Batch<Args, kOne>& batch_;
+  int item_ = 0;
 };
 
-// Cuts the grid: every item gets the blocks it wants, or, where they are more than `most` together,
-// as many as its part of all that is wanted.
+// Cuts the grid: where more blocks are wanted than `most` together, every block does the work of
+// the same number of them, so that all end together.
 inline void share_blocks(const int64_t* wanted, int count, int64_t most, int* first_block) {
-  using Wide = __int128;
-  Wide all = 0;
+  int64_t all = 0;
   for (int k = 0; k < count; ++k) all += wanted[k];
+  const int64_t rounds = all > most ? ceil_div(all, most) : 1;
   first_block[0] = 0;
-  for (int k = 0; k < count; ++k) {
-    const Wide blocks = all <= most ? wanted[k] : (Wide(wanted[k]) * most + all - 1) / all;
-    first_block[k + 1] = first_block[k] + int(blocks);
-  }
+  for (int k = 0; k < count; ++k)
+    first_block[k + 1] = first_block[k] + int(ceil_div(wanted[k], rounds));
 }
 
 struct Grid {
@@ -87,22 +104,27 @@ struct Grid {
 };
 
 // For kernels whose loop shares out any work: enough blocks to fill the machine several times over,
-// so that its last round costs little.
+// whatever their registers, so that its last round costs little.
 inline Grid stream_grid() { return {kThreads, 0, int64_t(sm_count()) * 32}; }
 
 // Gathers the calls of one kernel and launches them, kMost at a time.
 template <class Args>
 class Batcher {
+  using Many = Batch<Args, false>;
+  using One = Batch<Args, true>;
+
  public:
-  Batcher(void (*kernel)(Batch<Args>), const Grid& grid, Stream stream)
-      : kernel_(kernel), grid_(grid), stream_(stream) {
-    static_assert(sizeof(Batch<Args>) <= Batch<Args>::kBytes, "too large for a parameter");
+  // one: null where it is not worth its code; then `many` takes a single call too
+  Batcher(BatchKernel<Args, true> one, BatchKernel<Args, false> many, const Grid& grid,
+          Stream stream)
+      : one_(one), many_(many), grid_(grid), stream_(stream) {
+    static_assert(sizeof(Many) <= Many::kBytes, "too large for a parameter");
     batch_.count = 0;
   }
 
   // blocks: as many as can work for the call at once
   void add(const Args& args, int64_t blocks) {
-    if (batch_.count == Batch<Args>::kMost) flush();
+    if (batch_.count == Many::kMost) flush();
     wanted_[batch_.count] = blocks;
     batch_.items[batch_.count++] = args;
   }
@@ -117,22 +139,27 @@ class Batcher {
   void flush() {
     share_blocks(wanted_, batch_.count, grid_.most_blocks, batch_.first_block);
     const int64_t blocks = batch_.first_block[batch_.count];
+    const bool single = one_ && batch_.count == 1;
     if (!error_)
-      error_ = launch(kernel_, blocks, grid_.threads, grid_.shared_bytes, stream_, batch_);
+      error_ = single ? launch(one_, blocks, grid_.threads, grid_.shared_bytes, stream_,
+                               One{batch_.items[0]})
+                      : launch(many_, blocks, grid_.threads, grid_.shared_bytes, stream_, batch_);
     batch_.count = 0;
   }
 
-  void (*kernel_)(Batch<Args>);
+  BatchKernel<Args, true> one_;
+  BatchKernel<Args, false> many_;
   Grid grid_;
   Stream stream_;
   Error error_ = 0;
-  Batch<Args> batch_;
-  int64_t wanted_[Batch<Args>::kMost];
+  Many batch_;
+  int64_t wanted_[Many::kMost];
 };
 
 // Runs run(calls of one kind) for each kind; kind_of gives -1 for a call without work.
 template <class Call, class KindOf, class Run>
 Error for_kinds(const Call* calls, int64_t count, KindOf kind_of, Run run) {
+  if (count == 1) return kind_of(calls[0]) < 0 ? 0 : run(std::vector<Call>{calls[0]});
   std::vector<int> kinds;
   for (int64_t k = 0; k < count; ++k) kinds.push_back(kind_of(calls[k]));
   std::vector<Call> group;

@@ -21,6 +21,7 @@ struct ErrorSum {
 template <class T, class C, bool kClipValue>
 struct ErrorStatsOp {
   using Type = T;
+  static constexpr int kBlocks = 3;
   using Sum = ErrorSum;
   using Context = Channel<C>;
   template <int N>
@@ -47,16 +48,19 @@ struct ErrorStatsOp {
                       ErrorSum* sums) const {
     C v[N];
     loaded.unpack(v);
+    int clipped[kStep * (N - 1) + 1] = {};
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       const Channel<C>& c = contexts[e * kStep];
-      const Quantized<C> q = quantize_value<kClipValue>(v[e], c);
+      const Quantized<C> q = quantize_value<kClipValue, true>(v[e], c);
       const double error = double(dequantize_value(q.q, c) - v[e]);
       ErrorSum& sum = sums[e * kStep];
       sum.error += error;
       sum.square += error * error;
-      sum.clipped += !q.inside;
+      clipped[e * kStep] += !q.inside;
     }
+#pragma unroll
+    for (int e = 0; e <= kStep * (N - 1); ++e) sums[e].clipped += clipped[e];
   }
 
   __device__ void finish(int64_t channel, const ErrorSum& sum) const {

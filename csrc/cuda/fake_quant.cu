@@ -16,97 +16,127 @@ struct FakeQuantArgs {
   int tiles;
 };
 
-// Byte `byte` of the mask and its (up to) 8 elements, one by one.
-template <bool kClipValue, class T, class C>
-__device__ void fake_quant_byte(const FakeQuantArgs<C>& a, int64_t byte, ChannelCursor<C>& cursor) {
-  const int64_t first = byte * 8;
-  const int count = a.numel - first < 8 ? int(a.numel - first) : 8;
-  T v[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e)
-    if (e < count) v[e] = static_cast<const T*>(a.x)[first + e];
-  uint32_t bits = 0;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e >= count) break;
-    const Channel<C>& channel = cursor.at(a, a.rows.row(first + e));
-    const Quantized<C> q = quantize_value<kClipValue>(widen(v[e]), channel);
-    static_cast<T*>(a.y)[first + e] = Store<T>::from(dequantize_value(q.q, channel));
-    bits |= uint32_t(q.inside) << e;
+// The elements behind the tiles, or all of a tensor without, one to a lane; a ballot of the warp is
+// four bytes of the mask. `begin` is the same for the lanes of a warp.
+template <bool kClipValue, class T, class C, class W>
+__device__ __forceinline__ void fake_quant_rest(const W& work, int64_t begin, int lane) {
+#pragma unroll 1
+  for (; begin < work->numel; begin += work.warps() * kWarp) {
+    const FakeQuantArgs<C>& a = *work;
+    const int64_t i = begin + lane;
+    bool inside = false;
+    if (i < a.numel) {
+      const C v = widen(static_cast<const T*>(a.x)[i]);
+      const Channel<C> channel = a.params[a.rows.channel(a.rows.row(i))];
+      const Quantized<C> q = quantize_value<kClipValue>(v, channel);
+      static_cast<T*>(a.y)[i] = Store<T>::from(dequantize_value(q.q, channel));
+      inside = q.inside;
+    }
+    const uint32_t bits = __ballot_sync(kAllLanes, inside);
+    if (a.mask && lane < 4 && begin + lane * 8 < a.numel)
+      a.mask[begin / 8 + lane] = uint8_t(bits >> (lane * 8));
   }
-  if (a.mask) a.mask[byte] = uint8_t(bits);
 }
 
-// One packet; row is that of its first element. Returns the mask bits.
-template <bool kClipValue, bool kStraddle, class T, class C, int N>
+// One packet; its first `left` elements belong to the first channel. Returns the mask bits.
+template <bool kClipValue, bool kTwo, class T, class C, int N>
 __device__ __forceinline__ uint32_t fake_quant_packet(const FakeQuantArgs<C>& a,
-                                                      const Packet<T, N>& x, int64_t first,
-                                                      int64_t row, ChannelCursor<C>& cursor) {
+                                                      const Packet<T, N>& x, int64_t i,
+                                                      const Channel<C>& first,
+                                                      const Channel<C>& second, int left) {
   C v[N];
   x.unpack(v);
-  Channel<C> channel = cursor.at(a, row), after = channel;
-  int left = N;  // elements of the row in the packet
-  if (kStraddle) {
-    const int64_t all_left = (row + 1) * a.rows.inner.divisor() - first;
-    if (all_left < N) {
-      left = int(all_left);
-      after = cursor.at(a, row + 1);
-    }
-  }
   uint32_t bits = 0;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    if (kStraddle && e == left) channel = after;
+    const Channel<C> channel = kTwo && e >= left ? second : first;
     const Quantized<C> q = quantize_value<kClipValue>(v[e], channel);
     v[e] = dequantize_value(q.q, channel);
     bits |= uint32_t(q.inside) << e;
   }
-  Packet<T, N>::pack(v).store(a.y, first);
+  Packet<T, N>::pack(v).store(a.y, i);
+  return bits;
+}
+
+template <class T>
+constexpr int kSpan = ((kTilePackets - 1) * kWarp + 1) * kVector<T>;  // of a thread in a tile
+
+// Bits of a thread's packets in a tile. Every packet, of two rows at most, finds its own channels.
+template <bool kClipValue, int kInFlight, class T, class C, class W>
+__device__ __forceinline__ uint32_t fake_quant_short(const W& work, int64_t first) {
+  constexpr int N = kVector<T>;
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int u = 0; u < kTilePackets; u += kInFlight) {
+    const FakeQuantArgs<C>& a = *work;
+    Packet<T, N> x[kInFlight];
+    Channel<C> channel[kInFlight];
+    int64_t row[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) x[k] = Packet<T, N>::load(a.x, first + (u + k) * kWarp * N);
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      row[k] = a.rows.row(first + (u + k) * kWarp * N);
+      channel[k] = a.params[a.rows.channel(row[k])];
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t i = first + (u + k) * kWarp * N;
+      const int64_t all_left = (row[k] + 1) * a.rows.inner.divisor() - i;
+      const int left = all_left < N ? int(all_left) : N;
+      Channel<C> next = channel[k];
+      if (left < N) next = a.params[a.rows.channel(row[k] + 1)];
+      bits |= fake_quant_packet<kClipValue, true>(a, x[k], i, channel[k], next, left)
+              << (u + k) * N;
+    }
+  }
+  return bits;
+}
+
+// The same where the rows are long: most often all packets belong to one.
+template <bool kClipValue, class T, class C, class W>
+__device__ __forceinline__ uint32_t fake_quant_long(const W& work, int64_t first) {
+  constexpr int N = kVector<T>;
+  const FakeQuantArgs<C>& a = *work;
+  const int64_t row = a.rows.row(first), left = (row + 1) * a.rows.inner.divisor() - first;
+  if (left < kSpan<T>) return fake_quant_short<kClipValue, 1, T, C>(work, first);
+  Packet<T, N> x[kTilePackets];
+#pragma unroll
+  for (int u = 0; u < kTilePackets; ++u) x[u] = Packet<T, N>::load(a.x, first + u * kWarp * N);
+  const Channel<C> channel = a.params[a.rows.channel(row)];
+  uint32_t bits = 0;
+#pragma unroll
+  for (int u = 0; u < kTilePackets; ++u)
+    bits |=
+        fake_quant_packet<kClipValue, false>(a, x[u], first + u * kWarp * N, channel, channel, N)
+        << u * N;
   return bits;
 }
 
 // Ideal bytes an element: reads 4, writes 4 + 1/8 in fp32; 2 and 2 + 1/8 in fp16 and bf16. In place
-// (x == y) is allowed. kStraddle: a packet may hold elements of two rows; then packets are read one
-// at a time, to keep the code of the row change small.
-template <bool kClipValue, bool kStraddle, class T, class C>
-__global__ void __launch_bounds__(kThreads)
-    fake_quant_kernel(const __grid_constant__ Batch<FakeQuantArgs<C>> batch) {
-  constexpr int N = kVector<T>, kInFlight = kStraddle ? 1 : kTilePackets;
+// (x == y) is allowed.
+template <bool kOne, bool kClipValue, bool kLong, class T, class C>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+    fake_quant_kernel(const __grid_constant__ Batch<FakeQuantArgs<C>, kOne> batch) {
+  constexpr int N = kVector<T>;
   const Work work(batch);
   const int lane = threadIdx.x % kWarp;
-  ChannelCursor<C> cursor;
   int tile = work.warp();
+#pragma unroll 1
   for (; tile < work->tiles; tile += work.warps()) {
     const int64_t first = int64_t(tile) * kTile<N> + lane * N;
-    const int64_t last = first + (kTilePackets - 1) * kWarp * N;
-    uint32_t bits = 0;
-#pragma unroll(kStraddle ? 1 : kTilePackets)
-    for (int u = 0; u < kTilePackets; u += kInFlight) {
-      const FakeQuantArgs<C>& a = *work;
-      Packet<T, N> x[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k)
-        x[k] = Packet<T, N>::load(a.x, first + (u + k) * kWarp * N);
-      const int64_t first_row = a.rows.row(first);
-      const bool one_row = !kStraddle && a.rows.row(last) == first_row;
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const int64_t i = first + (u + k) * kWarp * N;
-        const int64_t row = one_row ? first_row : a.rows.row(i);
-        bits |= fake_quant_packet<kClipValue, kStraddle>(a, x[k], i, row, cursor) << (u + k) * N;
-      }
-    }
+    const uint32_t bits =
+        kLong ? fake_quant_long<kClipValue, T, C>(work, first)
+              : fake_quant_short<kClipValue, sizeof(T) == 8 ? 1 : 2, T, C>(work, first);
     if (uint8_t* mask = work->mask) {
       reinterpret_cast<MaskWord<N>*>(mask)[mask_word_index<N>(tile, lane)] =
           MaskWord<N>(transpose_mask<N>(bits, lane));
     }
   }
   // beyond the tiles the warps go on as they come out of the loop
-  const FakeQuantArgs<C>& a = *work;
-  int64_t byte = int64_t(a.tiles) * (kTile<N> / 8) + int64_t(tile - a.tiles) * kWarp + lane;
-#pragma unroll 1
-  for (; byte * 8 < a.numel; byte += work.warps() * kWarp)
-    fake_quant_byte<kClipValue, T>(a, byte, cursor);
+  const int tiles = work->tiles;
+  fake_quant_rest<kClipValue, T, C>(work, int64_t(tiles) * kTile<N> + int64_t(tile - tiles) * kWarp,
+                                    lane);
 }
 
 template <class C>
@@ -120,9 +150,9 @@ struct FakeQuantColumns {
 
 // The same bytes. Neighbours belong to different channels, so a thread keeps those of its columns.
 // A row has whole bytes of the mask.
-template <bool kClipValue, class T, class C>
+template <bool kOne, bool kClipValue, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    fake_quant_columns(const __grid_constant__ Batch<FakeQuantColumns<C>> batch) {
+    fake_quant_columns(const __grid_constant__ Batch<FakeQuantColumns<C>, kOne> batch) {
   constexpr int N = kVector<T>, kInFlight = 2;
   const Work work(batch);
   const int width = work->columns.width, height = kThreads / width, wide = width * N;
@@ -173,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-enum class FakeQuantPath { flat, straddle, columns };
+enum class FakeQuantPath { long_rows, short_rows, columns };
 
 static bool vectors(const FakeQuantParams& p) {
   return aligned(p.x, 16) && aligned(p.y, 16) && aligned(p.mask, 4);
@@ -189,8 +219,8 @@ static int tile_size(const FakeQuantParams& p) {
 static FakeQuantPath path_of(const FakeQuantParams& p) {
   const Layout& l = p.layout;
   if (vectors(p) && Columns::fit(l) && l.channels * l.inner % 8 == 0) return FakeQuantPath::columns;
-  const bool straddle = l.channels > 1 && l.inner % vector_of(p.dtype) != 0;
-  return straddle ? FakeQuantPath::straddle : FakeQuantPath::flat;
+  const int span = ((kTilePackets - 1) * kWarp + 1) * vector_of(p.dtype);
+  return l.channels == 1 || l.inner >= span ? FakeQuantPath::long_rows : FakeQuantPath::short_rows;
 }
 
 template <class C>
@@ -204,7 +234,10 @@ template <bool kClipValue, class T, class C>
 Error launch_columns(const std::vector<FakeQuantParams>& calls, Stream stream) {
   constexpr int N = kVector<T>;
   constexpr int64_t kLeastRows = 64;  // of a part, to be worth the reading of the channels
-  Batcher<FakeQuantColumns<C>> batcher(fake_quant_columns<kClipValue, T, C>, Grid(), stream);
+  BatchKernel<FakeQuantColumns<C>, true> one = nullptr;
+  if constexpr (sizeof(T) <= 4) one = fake_quant_columns<true, kClipValue, T, C>;
+  Batcher<FakeQuantColumns<C>> batcher(one, fake_quant_columns<false, kClipValue, T, C>, Grid(),
+                                       stream);
   for (const FakeQuantParams& p : calls) {
     const Layout& l = p.layout;
     const int64_t tiles = Columns::tiles_of(l, N), most = ceil_div(l.outer, kLeastRows);
@@ -215,10 +248,12 @@ Error launch_columns(const std::vector<FakeQuantParams>& calls, Stream stream) {
   return batcher.finish();
 }
 
-template <bool kClipValue, bool kStraddle, class T, class C>
+template <bool kClipValue, bool kLong, class T, class C>
 Error launch_rows(const std::vector<FakeQuantParams>& calls, Stream stream) {
-  Batcher<FakeQuantArgs<C>> batcher(fake_quant_kernel<kClipValue, kStraddle, T, C>, stream_grid(),
-                                    stream);
+  BatchKernel<FakeQuantArgs<C>, true> one = nullptr;
+  if constexpr (sizeof(T) <= 4) one = fake_quant_kernel<true, kClipValue, kLong, T, C>;
+  Batcher<FakeQuantArgs<C>> batcher(one, fake_quant_kernel<false, kClipValue, kLong, T, C>,
+                                    stream_grid(), stream);
   for (const FakeQuantParams& p : calls) {
     const int tile = tile_size(p);
     batcher.add(arguments<C>(p), blocks_for(ceil_div(p.layout.numel(), tile ? tile : 8 * kWarp)));
@@ -231,7 +266,7 @@ Error launch_typed(const std::vector<FakeQuantParams>& calls, Stream stream) {
   switch (path_of(calls[0])) {
     case FakeQuantPath::columns:
       return launch_columns<kClipValue, T, C>(calls, stream);
-    case FakeQuantPath::straddle:
+    case FakeQuantPath::long_rows:
       return launch_rows<kClipValue, true, T, C>(calls, stream);
     default:
       return launch_rows<kClipValue, false, T, C>(calls, stream);
@@ -261,9 +296,9 @@ struct FakeQuantBwdArgs {
 
 // Ideal bytes an element: reads 4 + 1/8, writes 4 in fp32. Elements pass as bits, so T is an
 // unsigned integer of the dtype's size.
-template <class T>
+template <bool kOne, class T>
 __global__ void __launch_bounds__(kThreads)
-    fake_quant_bwd_kernel(const __grid_constant__ Batch<FakeQuantBwdArgs> batch) {
+    fake_quant_bwd_kernel(const __grid_constant__ Batch<FakeQuantBwdArgs, kOne> batch) {
   constexpr int N = kVector<T>;
   const Work work(batch);
   const int lane = threadIdx.x % kWarp;
@@ -300,7 +335,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 Error launch_bwd_typed(const std::vector<FakeQuantBwdParams>& calls, Stream stream) {
   constexpr int tile = kTile<kVector<T>>;
-  Batcher<FakeQuantBwdArgs> batcher(fake_quant_bwd_kernel<T>, stream_grid(), stream);
+  Batcher<FakeQuantBwdArgs> batcher(fake_quant_bwd_kernel<true, T>, fake_quant_bwd_kernel<false, T>,
+                                    stream_grid(), stream);
   for (const FakeQuantBwdParams& p : calls) {
     const bool vectors = aligned(p.grad, 16) && aligned(p.grad_x, 16) && aligned(p.mask, 4);
     batcher.add({p.grad, p.mask, p.grad_x, p.numel, vectors ? int(p.numel / tile) : 0},

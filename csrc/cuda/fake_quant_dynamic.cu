@@ -53,9 +53,9 @@ __device__ __forceinline__ void store_part(const Packet<T, N>& packet, void* y, 
 
 // Ideal bytes an element: reads 4, writes 4 + 1/8 in fp32: x is read once, its range found and its
 // values quantized from registers.
-template <class T, class C, bool kClipValue>
+template <bool kOne, class T, class C, bool kClipValue>
 __global__ void __launch_bounds__(kMostThreads)
-    dynamic_kernel(const __grid_constant__ Batch<DynamicArgs<C>> batch) {
+    dynamic_kernel(const __grid_constant__ Batch<DynamicArgs<C>, kOne> batch) {
   constexpr int N = kVector<T>;
   struct Shared {
     MinMax<C> scratch[kWarp];
@@ -155,7 +155,9 @@ Error launch_typed(const std::vector<FakeQuantDynamicParams>& calls, Stream stre
     widest = width > widest ? width : widest;
   }
   const Grid grid = {widest > kWarp ? widest : kThreads, kWarp * sizeof(MinMax<C>)};
-  Batcher<DynamicArgs<C>> batcher(dynamic_kernel<T, C, kClipValue>, grid, stream);
+  BatchKernel<DynamicArgs<C>, true> one = nullptr;
+  if constexpr (sizeof(T) <= 4) one = dynamic_kernel<true, T, C, kClipValue>;
+  Batcher<DynamicArgs<C>> batcher(one, dynamic_kernel<false, T, C, kClipValue>, grid, stream);
   for (const FakeQuantDynamicParams& p : calls) {
     const Layout l = simplest(p.range.layout);
     const int width = widest > kWarp ? widest : dynamic_width(p);

@@ -17,6 +17,7 @@ struct LsqSum {
 template <class T, class C, bool kClipValue>
 struct LsqOp {
   using Type = T;
+  static constexpr int kBlocks = 2;
   using Sum = LsqSum;
   using Context = Channel<C>;
   template <int N>

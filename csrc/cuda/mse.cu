@@ -41,12 +41,16 @@ struct MseShared {
 // Ideal bytes an element: reads 4 in fp32; bound by arithmetic, 80 candidates of some 15
 // operations.
 template <class T, class C>
-__global__ void __launch_bounds__(kSearchThreads) mse_kernel(MseArgs<T, C> a) {
+__global__ void __launch_bounds__(kSearchThreads)
+    mse_kernel(const __grid_constant__ Batch<MseArgs<T, C>, false> batch) {
   MseShared<C>& s = shared<MseShared<C>>();
+  const Work work(batch);
   const int k = threadIdx.x % kMseCandidates, lane = threadIdx.x / kMseCandidates;
+  const MseArgs<T, C>& a = *work;
   const int64_t items = a.cut.channels * a.cut.parts;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t channel = item / a.cut.parts, part = item - channel * a.cut.parts;
+  for (int64_t item = work.block; item < items; item += work.blocks) {
+    // blocks side by side read channels side by side, which may lie in the same lines
+    const int64_t part = item / a.cut.channels, channel = item - part * a.cut.channels;
     const int64_t begin = part * a.cut.part_size, next = begin + a.cut.part_size;
     const int64_t end = next < a.cut.n ? next : a.cut.n;
     const QParams<C> q = a.result.qparams(a.candidate(channel, k));
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(kSearchThreads) mse_kernel(MseArgs<T, C> a) {
       sum = 0;
       for (int l = 0; l < kLanes; ++l) sum += s.lanes[l][k];
       if (a.cut.parts > 1)
-        a.partial[item * kMseCandidates + k] = sum;
+        a.partial[(channel * a.cut.parts + part) * kMseCandidates + k] = sum;
       else
         s.errors[k] = sum;
     }
@@ -85,9 +89,12 @@ __global__ void __launch_bounds__(kSearchThreads) mse_kernel(MseArgs<T, C> a) {
 constexpr int kChooseThreads = 96;
 
 template <class T, class C>
-__global__ void __launch_bounds__(kChooseThreads) choose_kernel(MseArgs<T, C> a) {
+__global__ void __launch_bounds__(kChooseThreads)
+    choose_kernel(const __grid_constant__ Batch<MseArgs<T, C>, false> batch) {
   double* errors = shared<MseShared<C>>().errors;
-  const double* partial = a.partial + int64_t(blockIdx.x) * a.cut.parts * kMseCandidates;
+  const Work work(batch);
+  const MseArgs<T, C>& a = *work;
+  const double* partial = a.partial + int64_t(work.block) * a.cut.parts * kMseCandidates;
   if (threadIdx.x < kMseCandidates) {
     double sum = 0;
     for (int64_t part = 0; part < a.cut.parts; ++part)
@@ -95,7 +102,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(MseArgs<T, C> a)
     errors[threadIdx.x] = sum;
   }
   __syncthreads();
-  if (threadIdx.x == 0) a.finish(blockIdx.x, errors);
+  if (threadIdx.x == 0) a.finish(work.block, errors);
 }
 
 int64_t mse_parts(const Layout& l) {
@@ -111,20 +118,34 @@ size_t mse_workspace(const Layout& layout) {
 }
 
 template <class T, class C>
-Error launch_mse(const QuantRangeParams& p, const C* range, void* workspace, Stream stream) {
-  const Layout l = simplest(p.layout);
-  const MseArgs<T, C> args = {p.x, range, static_cast<double*>(workspace),
-                              ChannelParts(l, mse_parts(l)), RangeResult<C>(p)};
+Error launch_mse(const std::vector<QuantRangeParams>& calls, const std::vector<const C*>& ranges,
+                 Stream stream) {
+  using Args = MseArgs<T, C>;
   constexpr size_t bytes = sizeof(MseShared<C>);
-  const int64_t blocks = l.channels * args.cut.parts;
-  const Error error = launch(mse_kernel<T, C>, blocks, kSearchThreads, bytes, stream, args);
-  if (error || args.cut.parts == 1) return error;
-  return launch(choose_kernel<T, C>, l.channels, kChooseThreads, bytes, stream, args);
+  Batcher<Args> search(nullptr, mse_kernel<T, C>, {kSearchThreads, bytes}, stream);
+  Batcher<Args> choose(nullptr, choose_kernel<T, C>, {kChooseThreads, bytes}, stream);
+  std::vector<Args> cut;  // in parts, so that a choice is left
+  for (size_t k = 0; k < calls.size(); ++k) {
+    const QuantRangeParams& p = calls[k];
+    const Layout l = simplest(p.layout);
+    const Args args = {p.x, ranges[k], static_cast<double*>(p.workspace),
+                       ChannelParts(l, mse_parts(l)), RangeResult<C>(p)};
+    search.add(args, l.channels * args.cut.parts);
+    if (args.cut.parts > 1) cut.push_back(args);
+  }
+  const Error error = search.finish();
+  if (error) return error;
+  for (const Args& args : cut) choose.add(args, args.cut.channels);
+  return choose.finish();
 }
 
-template Error launch_mse<float, float>(const QuantRangeParams&, const float*, void*, Stream);
-template Error launch_mse<double, double>(const QuantRangeParams&, const double*, void*, Stream);
-template Error launch_mse<Half, float>(const QuantRangeParams&, const float*, void*, Stream);
-template Error launch_mse<BFloat16, float>(const QuantRangeParams&, const float*, void*, Stream);
+template Error launch_mse<float, float>(const std::vector<QuantRangeParams>&,
+                                        const std::vector<const float*>&, Stream);
+template Error launch_mse<double, double>(const std::vector<QuantRangeParams>&,
+                                          const std::vector<const double*>&, Stream);
+template Error launch_mse<Half, float>(const std::vector<QuantRangeParams>&,
+                                       const std::vector<const float*>&, Stream);
+template Error launch_mse<BFloat16, float>(const std::vector<QuantRangeParams>&,
+                                           const std::vector<const float*>&, Stream);
 
 }  // namespace qk::cuda

@@ -5,6 +5,7 @@
 
 #include "cuda/launch.h"
 #include "math/half.h"
+#include "math/numeric.h"
 
 namespace qk::cuda {
 
@@ -42,6 +43,37 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
   return uint32_t(Store<T>::from(low).bits) | uint32_t(Store<T>::from(high).bits) << 16;
 #endif
 }
+
+// The lesser and the greater of two pairs of 2-byte elements; NaN wins.
+template <class T>
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
+  uint32_t least = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, Half>)
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+  else
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+#endif
+  return least;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+  uint32_t most = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, Half>)
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  else
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+#endif
+  return most;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
 
 template <int kBytes>
 struct WordsOf;
@@ -101,10 +133,18 @@ struct Packet {
 
   template <class C>
   __device__ void unpack(C (&v)[N]) const {
-    T raw[N];
-    elements(raw);
+    if constexpr (std::is_same_v<T, BFloat16> && N > 1) {
+      uint32_t pairs[N / 2];
+      memcpy(pairs, &words, sizeof(words));
 #pragma unroll
-    for (int e = 0; e < N; ++e) v[e] = widen(raw[e]);
+      for (int e = 0; e < N; ++e)  // an instruction each, of the word that holds two
+        v[e] = qk_bits<float>(e % 2 ? pairs[e / 2] & 0xffff0000u : pairs[e / 2] << 16);
+    } else {
+      T raw[N];
+      elements(raw);
+#pragma unroll
+      for (int e = 0; e < N; ++e) v[e] = widen(raw[e]);
+    }
   }
 
   template <class C>
@@ -124,6 +164,27 @@ struct Packet {
     }
   }
 };
+
+// The least and the greatest element, NaN if one is; halves are compared in pairs.
+template <class T, int N, class C>
+__device__ __forceinline__ void extremes(const Packet<T, N>& packet, C& lo, C& hi) {
+  if constexpr (kHasPairs && sizeof(T) == 2 && N == 8) {
+    const uint4 w = packet.words;
+    const uint32_t least = min_pair<T>(min_pair<T>(w.x, w.y), min_pair<T>(w.z, w.w));
+    const uint32_t most = max_pair<T>(max_pair<T>(w.x, w.y), max_pair<T>(w.z, w.w));
+    lo = qk_min(widen(T{uint16_t(least)}), widen(T{uint16_t(least >> 16)}));
+    hi = qk_max(widen(T{uint16_t(most)}), widen(T{uint16_t(most >> 16)}));
+  } else {
+    C v[N];
+    packet.unpack(v);
+    lo = hi = v[0];
+#pragma unroll
+    for (int e = 1; e < N; ++e) {
+      lo = qk_min(lo, v[e]);
+      hi = qk_max(hi, v[e]);
+    }
+  }
+}
 
 inline bool aligned(const void* pointer, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % unsigned(bytes) == 0;

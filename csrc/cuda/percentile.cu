@@ -89,6 +89,7 @@ struct PercentileArgs {
   double lo_w, hi_w;
   RangeResult<C> result;
   ChannelCounts<Key>* counts;
+  int pass;
 
   __device__ void finish(int64_t channel, const Selection<Key>& s) const {
     if (s.nan) return result.write(channel, {qk_nan<C>(), qk_nan<C>()});
@@ -209,11 +210,14 @@ __device__ void select_digit(const Count* counts, int pass, int r,
 // Ideal bytes an element: reads 4 a pass, 3 passes in fp32; 2 and 2 in fp16 and bf16. A block to
 // each channel does all passes.
 template <class T, class C, int N>
-__global__ void __launch_bounds__(kCountThreads) percentile_kernel(PercentileArgs<T, C> a) {
+__global__ void __launch_bounds__(kCountThreads)
+    percentile_kernel(const __grid_constant__ Batch<PercentileArgs<T, C>, false> batch) {
   using Key = typename Keys<T>::Key;
   CountShared<Key>& s = shared<CountShared<Key>>();
+  const Work work(batch);
+  const PercentileArgs<T, C>& a = *work;
   const int r = threadIdx.x / kWarp;
-  for (int64_t channel = blockIdx.x; channel < a.cut.channels; channel += gridDim.x) {
+  for (int64_t channel = work.block; channel < a.cut.channels; channel += work.blocks) {
     if (threadIdx.x < kRanks) {
       s.selection.prefix[threadIdx.x] = 0;
       s.selection.rank[threadIdx.x] = a.ranks[threadIdx.x];
@@ -238,10 +242,15 @@ __global__ void __launch_bounds__(kCountThreads) percentile_kernel(PercentileArg
 
 // One pass with several blocks to each channel: counts of the parts are added in the workspace.
 template <class T, class C, int N>
-__global__ void __launch_bounds__(kCountThreads) count_kernel(PercentileArgs<T, C> a, int pass) {
+__global__ void __launch_bounds__(kCountThreads)
+    count_kernel(const __grid_constant__ Batch<PercentileArgs<T, C>, false> batch) {
   using Key = typename Keys<T>::Key;
   CountShared<Key>& s = shared<CountShared<Key>>();
-  const int64_t channel = blockIdx.x / a.cut.parts, part = blockIdx.x - channel * a.cut.parts;
+  const Work work(batch);
+  const PercentileArgs<T, C>& a = *work;
+  const int pass = a.pass;
+  // blocks side by side read channels side by side, which may lie in the same lines
+  const int64_t part = work.block / a.cut.channels, channel = work.block - part * a.cut.channels;
   const int64_t begin = part * a.cut.part_size, next = begin + a.cut.part_size;
   const int64_t end = next < a.cut.n ? next : a.cut.n;
   ChannelCounts<Key>& whole = a.counts[channel];
@@ -264,11 +273,15 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(PercentileArgs<T, 
 // The next digit of each rank of a channel, a warp to each rank; clears the counts for the next
 // pass.
 template <class T, class C>
-__global__ void __launch_bounds__(kRanks* kWarp) select_kernel(PercentileArgs<T, C> a, int pass) {
+__global__ void __launch_bounds__(kRanks* kWarp)
+    select_kernel(const __grid_constant__ Batch<PercentileArgs<T, C>, false> batch) {
   using Key = typename Keys<T>::Key;
+  const Work work(batch);
+  const PercentileArgs<T, C>& a = *work;
+  const int pass = a.pass;
   Selection<Key>& next = shared<Selection<Key>>();
   const int r = threadIdx.x / kWarp;
-  ChannelCounts<Key>& whole = a.counts[blockIdx.x];
+  ChannelCounts<Key>& whole = a.counts[work.block];
   if (pass == 0 && threadIdx.x < kRanks) whole.selection.rank[threadIdx.x] = a.ranks[threadIdx.x];
   __syncthreads();
   const int mine = whole.selection.counts_of(r);
@@ -282,7 +295,7 @@ __global__ void __launch_bounds__(kRanks* kWarp) select_kernel(PercentileArgs<T,
   }
   if (pass < Keys<T>::kPasses - 1 || threadIdx.x != 0) return;
   next.nan = whole.selection.nan;
-  a.finish(blockIdx.x, next);
+  a.finish(work.block, next);
 }
 
 // Blocks to each channel: several where the channels are few and long.
@@ -301,28 +314,46 @@ size_t percentile_workspace(DType dtype, const Layout& layout) {
          (dtype == DType::f64 ? sizeof(ChannelCounts<uint64_t>) : sizeof(ChannelCounts<uint32_t>));
 }
 
+template <class T, class C>
+using PercentileCalls = std::vector<PercentileArgs<T, C>>;
+
+// Channels that a block each does at once.
 template <class T, class C, int N>
-Error launch_passes(const PercentileArgs<T, C>& args, Stream stream) {
+Error launch_whole(const PercentileCalls<T, C>& calls, Stream stream) {
+  const Grid grid = {kCountThreads, sizeof(CountShared<typename Keys<T>::Key>)};
+  Batcher<PercentileArgs<T, C>> batcher(nullptr, percentile_kernel<T, C, N>, grid, stream);
+  for (const PercentileArgs<T, C>& a : calls) batcher.add(a, a.cut.channels);
+  return batcher.finish();
+}
+
+// Channels in parts: all of them together take two launches a pass.
+template <class T, class C, int N>
+Error launch_passes(PercentileCalls<T, C> calls, Stream stream) {
   using Key = typename Keys<T>::Key;
-  constexpr size_t count_bytes = sizeof(CountShared<Key>);
-  const int64_t channels = args.cut.channels;
-  if (args.cut.parts == 1)
-    return launch(percentile_kernel<T, C, N>, channels, kCountThreads, count_bytes, stream, args);
-  Error error =
-      int(cudaMemsetAsync(args.counts, 0, size_t(channels) * sizeof(ChannelCounts<Key>), stream));
+  using Args = PercentileArgs<T, C>;
+  Error error = 0;
+  for (const Args& a : calls) {
+    const size_t bytes = size_t(a.cut.channels) * sizeof(ChannelCounts<Key>);
+    if (!error) error = int(cudaMemsetAsync(a.counts, 0, bytes, stream));
+  }
   for (int pass = 0; pass < Keys<T>::kPasses && !error; ++pass) {
-    error = launch(count_kernel<T, C, N>, channels * args.cut.parts, kCountThreads, count_bytes,
-                   stream, args, pass);
-    if (!error)
-      error = launch(select_kernel<T, C>, channels, kRanks * kWarp, sizeof(Selection<Key>), stream,
-                     args, pass);
+    Batcher<Args> count(nullptr, count_kernel<T, C, N>, {kCountThreads, sizeof(CountShared<Key>)},
+                        stream);
+    Batcher<Args> select(nullptr, select_kernel<T, C>, {kRanks * kWarp, sizeof(Selection<Key>)},
+                         stream);
+    for (Args& a : calls) {
+      a.pass = pass;
+      count.add(a, a.cut.channels * a.cut.parts);
+    }
+    error = count.finish();
+    for (const Args& a : calls) select.add(a, a.cut.channels);
+    if (!error) error = select.finish();
   }
   return error;
 }
 
 template <class T, class C>
-Error launch_percentile(const QuantRangeParams& p, Stream stream) {
-  constexpr int N = kVector<T>;
+PercentileArgs<T, C> percentile_arguments(const QuantRangeParams& p) {
   const Layout l = simplest(p.layout);
   const int64_t n = l.outer * l.inner;
   PercentileArgs<T, C> args = {p.x,
@@ -331,16 +362,32 @@ Error launch_percentile(const QuantRangeParams& p, Stream stream) {
                                p.ranks.lo_w,
                                p.ranks.hi_w,
                                RangeResult<C>(p),
-                               static_cast<ChannelCounts<typename Keys<T>::Key>*>(p.workspace)};
+                               static_cast<ChannelCounts<typename Keys<T>::Key>*>(p.workspace),
+                               0};
   for (int64_t& rank : args.ranks) rank = rank < n ? rank : n - 1;  // then its weight is 0
-  args.cut.part_size = ceil_div(args.cut.part_size, N) * N;
-  const bool vectors = aligned(p.x, 16) && (l.channels == 1 || l.inner % N == 0);
-  return vectors ? launch_passes<T, C, N>(args, stream) : launch_passes<T, C, 1>(args, stream);
+  args.cut.part_size = ceil_div(args.cut.part_size, kVector<T>) * kVector<T>;
+  return args;
 }
 
-template Error launch_percentile<float, float>(const QuantRangeParams&, Stream);
-template Error launch_percentile<double, double>(const QuantRangeParams&, Stream);
-template Error launch_percentile<Half, float>(const QuantRangeParams&, Stream);
-template Error launch_percentile<BFloat16, float>(const QuantRangeParams&, Stream);
+template <class T, class C>
+Error launch_percentile(const std::vector<QuantRangeParams>& calls, Stream stream) {
+  constexpr int N = kVector<T>;
+  PercentileCalls<T, C> whole[2], parts[2];  // by elements, by vectors
+  for (const QuantRangeParams& p : calls) {
+    const Layout l = simplest(p.layout);
+    const bool vectors = aligned(p.x, 16) && (l.channels == 1 || l.inner % N == 0);
+    (percentile_parts(l) == 1 ? whole : parts)[vectors].push_back(percentile_arguments<T, C>(p));
+  }
+  Error error = launch_whole<T, C, N>(whole[1], stream);
+  if (!error) error = launch_whole<T, C, 1>(whole[0], stream);
+  if (!error && !parts[1].empty()) error = launch_passes<T, C, N>(parts[1], stream);
+  if (!error && !parts[0].empty()) error = launch_passes<T, C, 1>(parts[0], stream);
+  return error;
+}
+
+template Error launch_percentile<float, float>(const std::vector<QuantRangeParams>&, Stream);
+template Error launch_percentile<double, double>(const std::vector<QuantRangeParams>&, Stream);
+template Error launch_percentile<Half, float>(const std::vector<QuantRangeParams>&, Stream);
+template Error launch_percentile<BFloat16, float>(const std::vector<QuantRangeParams>&, Stream);
 
 }  // namespace qk::cuda

@@ -19,6 +19,7 @@ struct RangeSum {
 template <class T, class C>
 struct RangeOp {
   using Type = T;
+  static constexpr int kBlocks = 4;
   using Sum = RangeSum<C>;
   struct Context {};
   template <int N>
@@ -42,13 +43,21 @@ struct RangeOp {
   __device__ void add(const Packet<T, N>& loaded, int64_t, const Context*, Sum* sums) const {
     C v[N];
     loaded.unpack(v);
+    if constexpr (kStep == 0) {
+      C lo, hi;
+      extremes(loaded, lo, hi);
+      sums->lo = qk_min(sums->lo, lo);
+      sums->hi = qk_max(sums->hi, hi);
+    } else {
 #pragma unroll
-    for (int e = 0; e < N; ++e) {
-      Sum& sum = sums[e * kStep];
-      sum.lo = qk_min(sum.lo, v[e]);
-      sum.hi = qk_max(sum.hi, v[e]);
-      if (mean_abs) sum.abs += double(qk_abs(v[e]));
+      for (int e = 0; e < N; ++e) {
+        sums[e].lo = qk_min(sums[e].lo, v[e]);
+        sums[e].hi = qk_max(sums[e].hi, v[e]);
+      }
     }
+    if (!mean_abs) return;
+#pragma unroll
+    for (int e = 0; e < N; ++e) sums[e * kStep].abs += double(qk_abs(v[e]));
   }
 
   __device__ void finish(int64_t channel, const Sum& sum) const {
@@ -82,30 +91,31 @@ Error launch_minmax(const std::vector<QuantRangeParams>& calls, Stream stream) {
   return launch_reductions(reductions, stream);
 }
 
-// The range of the elements into the head of the workspace, then the search from it.
+// The ranges of the elements into the heads of the workspaces, then the search from them.
 template <class T, class C>
-Error launch_minmax_mse(QuantRangeParams p, Stream stream) {
-  void* range = p.range;
-  p.range = p.workspace;
-  p.workspace = static_cast<C*>(p.workspace) + 2 * p.layout.channels;
-  const Error error = launch_minmax<T, C>({p}, stream);
-  if (error) return error;
-  const C* start = static_cast<const C*>(p.range);
-  p.range = range;
-  return launch_mse<T, C>(p, start, p.workspace, stream);
+Error launch_minmax_mse(std::vector<QuantRangeParams> calls, Stream stream) {
+  std::vector<QuantRangeParams> starts = calls;
+  std::vector<const C*> ranges;
+  for (size_t k = 0; k < calls.size(); ++k) {
+    starts[k].range = calls[k].workspace;
+    ranges.push_back(static_cast<const C*>(calls[k].workspace));
+    C* rest = static_cast<C*>(calls[k].workspace) + 2 * calls[k].layout.channels;
+    starts[k].workspace = calls[k].workspace = rest;
+  }
+  const Error error = launch_minmax<T, C>(starts, stream);
+  return error ? error : launch_mse<T, C>(calls, ranges, stream);
 }
 
-// The searches take tensor after tensor: each is several launches that fill the machine alone.
 template <class T, class C>
 Error launch_range_typed(const std::vector<QuantRangeParams>& calls, Stream stream) {
-  const Method method = method_of(calls[0]);
-  if (method != Method::percentile && method != Method::mse)
-    return launch_minmax<T, C>(calls, stream);
-  Error error = 0;
-  for (size_t k = 0; k < calls.size() && !error; ++k)
-    error = method == Method::mse ? launch_minmax_mse<T, C>(calls[k], stream)
-                                  : launch_percentile<T, C>(calls[k], stream);
-  return error;
+  switch (method_of(calls[0])) {
+    case Method::percentile:
+      return launch_percentile<T, C>(calls, stream);
+    case Method::mse:
+      return launch_minmax_mse<T, C>(calls, stream);
+    default:
+      return launch_minmax<T, C>(calls, stream);
+  }
 }
 
 Error launch_quant_range(const QuantRangeParams* calls, int64_t count, Stream stream) {
@@ -134,23 +144,28 @@ size_t quant_range_workspace(DType dtype, const Layout& layout, Method method) {
 
 template <class C>
 struct QParamsArgs {
-  RangeResult<C> result;
+  RangeResult<C> result;  // its range is the running one, which moves, or null
   const C* range;
+  C weight;
 };
 
 template <class C>
 __global__ void __launch_bounds__(kThreads)
-    qparams_kernel(const __grid_constant__ Batch<QParamsArgs<C>> batch) {
+    qparams_kernel(const __grid_constant__ Batch<QParamsArgs<C>, false> batch) {
   const Work work(batch);
   for (int64_t c = work.thread(); c < work->result.channels; c += work.threads()) {
     const QParamsArgs<C>& a = *work;
-    a.result.write(c, {a.range[c], a.range[a.result.channels + c]});
+    const int64_t channels = a.result.channels;
+    const C* running = a.result.range;
+    Range<C> r = {a.range[c], a.range[channels + c]};
+    if (running) r = moved_range({running[c], running[channels + c]}, r, a.weight);
+    a.result.write(c, r);
   }
 }
 
 template <class C>
 Error launch_qparams_typed(const std::vector<QParamsParams>& calls, Stream stream) {
-  Batcher<QParamsArgs<C>> batcher(qparams_kernel<C>, stream_grid(), stream);
+  Batcher<QParamsArgs<C>> batcher(nullptr, qparams_kernel<C>, stream_grid(), stream);
   for (const QParamsParams& p : calls) {
     QuantRangeParams q = {};
     q.layout = {1, p.channels, 1};
@@ -159,7 +174,8 @@ Error launch_qparams_typed(const std::vector<QParamsParams>& calls, Stream strea
     q.symmetric = p.symmetric;
     q.scale = p.scale;
     q.zero_point = p.zero_point;
-    batcher.add({RangeResult<C>(q), static_cast<const C*>(p.range)},
+    q.range = p.running;
+    batcher.add({RangeResult<C>(q), static_cast<const C*>(p.range), C(p.weight)},
                 blocks_for(ceil_div(p.channels, kWarp)));
   }
   return batcher.finish();

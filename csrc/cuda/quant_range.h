@@ -47,6 +47,7 @@ struct ChannelParts {
   FastDivision inner;
   int64_t parts, part_size;
 
+  ChannelParts() = default;
   ChannelParts(const Layout& l, int64_t parts)
       : channels(l.channels),
         n(l.outer * l.inner),
@@ -60,12 +61,14 @@ struct ChannelParts {
   }
 };
 
-// In percentile.cu and mse.cu. The MSE search starts from the range of the elements, [2, channels].
+// In percentile.cu and mse.cu, for calls of one dtype. The MSE search starts from the ranges of the
+// elements, [2, channels] each.
 template <class T, class C>
-Error launch_percentile(const QuantRangeParams& p, Stream stream);
+Error launch_percentile(const std::vector<QuantRangeParams>& calls, Stream stream);
 size_t percentile_workspace(DType dtype, const Layout& layout);
 template <class T, class C>
-Error launch_mse(const QuantRangeParams& p, const C* range, void* workspace, Stream stream);
+Error launch_mse(const std::vector<QuantRangeParams>& calls, const std::vector<const C*>& ranges,
+                 Stream stream);
 size_t mse_workspace(const Layout& layout);
 
 }  // namespace qk::cuda

@@ -10,6 +10,7 @@
 //                         contexts[e * kStep]
 //   finish(channel, sum)  writes the result
 //   aligned()             16-byte accesses are allowed
+//   kBlocks               blocks that a multiprocessor can hold, which bounds the registers
 // It is an argument of the kernel and must be copied and left uninitialised at no cost.
 #pragma once
 
@@ -91,16 +92,16 @@ struct ReduceRowsArgs {
 
   // index in memory of a channel's element
   __device__ int64_t index(int64_t channel, int64_t element) const {
+    if (n == inner.divisor()) return channel * n + element;
     const int64_t row = inner.quotient(element);
     return element + (row * (channels - 1) + channel) * inner.divisor();
   }
 };
 
 // `count` packets of a channel from `begin` on, every width-th of them from `lane` on.
-template <class Op, int N>
-__device__ __forceinline__ void add_packets(const Work<ReduceRowsArgs<Op>>& work, int64_t channel,
-                                            int64_t begin, int lane, int count,
-                                            const typename Op::Context& context,
+template <class Op, int N, class W>
+__device__ __forceinline__ void add_packets(const W& work, int64_t channel, int64_t begin, int lane,
+                                            int count, const typename Op::Context& context,
                                             typename Op::Sum& sum) {
   constexpr int kInFlight = 4;
   for (int k = lane; k < count; k += kInFlight * work->width) {
@@ -120,9 +121,9 @@ __device__ __forceinline__ void add_packets(const Work<ReduceRowsArgs<Op>>& work
 
 // `width` threads to each part of each channel: some lanes of a warp, or the block. An int counts
 // the packets of a part: where it is long, there are thousands.
-template <class Op, int N>
-__global__ void __launch_bounds__(kThreads)
-    reduce_rows(const __grid_constant__ Batch<ReduceRowsArgs<Op>> batch) {
+template <bool kOne, class Op, int N>
+__global__ void __launch_bounds__(kThreads, Op::kBlocks)
+    reduce_rows(const __grid_constant__ Batch<ReduceRowsArgs<Op>, kOne> batch) {
   using Sum = typename Op::Sum;
   struct Shared {
     Sum scratch[kWarp];
@@ -179,8 +180,8 @@ struct ColumnsShared {
 };
 
 template <class Op, int N>
-__global__ void __launch_bounds__(kThreads)
-    reduce_columns(const __grid_constant__ Batch<ReduceColumnsArgs<Op>> batch) {
+__global__ void __launch_bounds__(kThreads, Op::kBlocks)
+    reduce_columns(const __grid_constant__ Batch<ReduceColumnsArgs<Op>, false> batch) {
   using Sum = typename Op::Sum;
   constexpr int kInFlight = 2;
   ColumnsShared<Sum, N>& s = shared<ColumnsShared<Sum, N>>();
@@ -238,9 +239,9 @@ struct ReducePartialsArgs {
   int run, runs;
 };
 
-template <class Op>
+template <bool kOne, class Op>
 __global__ void __launch_bounds__(kThreads)
-    reduce_partials(const __grid_constant__ Batch<ReducePartialsArgs<Op>> batch) {
+    reduce_partials(const __grid_constant__ Batch<ReducePartialsArgs<Op>, kOne> batch) {
   const Work work(batch);
   const int lane = threadIdx.x % kWarp;
   for (int64_t channel = work.thread() / kWarp; channel < work->channels;
@@ -255,11 +256,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A kernel for single calls is worth its code where speed counts.
+template <class Op, int N>
+constexpr bool kHasOne = N > 1 && sizeof(typename Op::Type) <= 4;
+
 template <class Op, int N>
 Error launch_rows(const std::vector<Reduction<Op>>& calls, typename Reduction<Op>::Path path,
                   Stream stream) {
   const Grid grid = {kThreads, kWarp * sizeof(typename Op::Sum)};
-  Batcher<ReduceRowsArgs<Op>> batcher(reduce_rows<Op, N>, grid, stream);
+  BatchKernel<ReduceRowsArgs<Op>, true> one = nullptr;
+  if constexpr (kHasOne<Op, N>) one = reduce_rows<true, Op, N>;
+  Batcher<ReduceRowsArgs<Op>> batcher(one, reduce_rows<false, Op, N>, grid, stream);
   for (const Reduction<Op>& r : calls) {
     if (r.path != path) continue;
     const Layout& l = r.layout;
@@ -275,7 +282,7 @@ template <class Op, int N>
 Error launch_columns(const std::vector<Reduction<Op>>& calls, typename Reduction<Op>::Path path,
                      Stream stream) {
   const Grid grid = {kThreads, sizeof(ColumnsShared<typename Op::Sum, N>)};
-  Batcher<ReduceColumnsArgs<Op>> batcher(reduce_columns<Op, N>, grid, stream);
+  Batcher<ReduceColumnsArgs<Op>> batcher(nullptr, reduce_columns<Op, N>, grid, stream);
   for (const Reduction<Op>& r : calls) {
     if (r.path != path) continue;
     batcher.add({r.op, r.partial, Columns(r.layout, N, r.plan.parts)},
@@ -288,7 +295,8 @@ Error launch_columns(const std::vector<Reduction<Op>>& calls, typename Reduction
 template <class Op>
 Error launch_partials(const std::vector<Reduction<Op>>& calls, Stream stream) {
   using R = Reduction<Op>;
-  Batcher<ReducePartialsArgs<Op>> batcher(reduce_partials<Op>, Grid(), stream);
+  Batcher<ReducePartialsArgs<Op>> batcher(reduce_partials<true, Op>, reduce_partials<false, Op>,
+                                          Grid(), stream);
   for (const R& r : calls) {
     const Layout& l = r.layout;
     const int64_t blocks = blocks_for(l.channels);

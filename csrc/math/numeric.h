@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "math/hd.h"
 
@@ -30,7 +31,11 @@ struct Limits<double> {
 
 template <class C>
 QK_HD C qk_abs(C v) {
+#ifdef __CUDA_ARCH__
+  return std::is_same_v<C, float> ? C(fabsf(float(v))) : C(fabs(v));
+#else
   return v < C(0) ? -v : v;
+#endif
 }
 
 // Adding and taking away 2^23 (2^52) leaves an integer rounded by the addition: the same values as
@@ -66,22 +71,47 @@ QK_HD C qk_rint(C v) {
   return signed_rint(v) + C(0);
 }
 
-// NaN in v wins; the order of the comparisons is that of minps / maxps.
-template <class C>
-QK_HD C qk_clamp(C v, C lo, C hi) {
-  v = v < lo ? lo : v;
-  return v > hi ? hi : v;
-}
+// Whether GPUs have minimum and maximum as one instruction that keeps NaN. It takes -0.0 for less
+// than 0.0, where the comparisons below take what comes last: no result depends on it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define QK_HAS_MIN_NAN 1
+#else
+#define QK_HAS_MIN_NAN 0
+#endif
 
 // NaN in either wins.
 template <class C>
 QK_HD C qk_min(C a, C b) {
+#if QK_HAS_MIN_NAN
+  if constexpr (std::is_same_v<C, float>) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+  }
+#endif
   return (a < b || a != a) ? a : b;
 }
 
 template <class C>
 QK_HD C qk_max(C a, C b) {
+#if QK_HAS_MIN_NAN
+  if constexpr (std::is_same_v<C, float>) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+  }
+#endif
   return (a > b || a != a) ? a : b;
+}
+
+// NaN in v wins; the order of the comparisons is that of minps / maxps.
+template <class C>
+QK_HD C qk_clamp(C v, C lo, C hi) {
+#if QK_HAS_MIN_NAN
+  if constexpr (std::is_same_v<C, float>) return qk_min(qk_max(v, lo), hi);
+#endif
+  v = v < lo ? lo : v;
+  return v > hi ? hi : v;
 }
 
 template <class C>

@@ -21,29 +21,48 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-QK_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return uint32_t((uint64_t(a) * uint64_t(b)) >> 32);
+struct Product {
+  uint32_t high, low;
+};
+
+QK_HD Product multiply(uint32_t a, uint32_t b) {
+  const uint64_t product = uint64_t(a) * uint64_t(b);
+#ifdef __CUDA_ARCH__
+  return {uint32_t(product >> 32), uint32_t(product)};  // one instruction gives both
+#else
+  return {uint32_t(product >> 32), a * b};
+#endif
 }
 
+// The keys of all rounds.
+struct PhiloxSeed {
+  uint32_t k0, k1;
+
+  QK_HD explicit PhiloxSeed(uint64_t seed) : k0(uint32_t(seed)), k1(uint32_t(seed >> 32)) {}
+  QK_HD uint32_t low(int round) const { return k0 + uint32_t(round) * kPhiloxWeyl0; }
+  QK_HD uint32_t high(int round) const { return k1 + uint32_t(round) * kPhiloxWeyl1; }
+};
+
 // The words of elements 4 quad .. 4 quad + 3.
-QK_HD PhiloxWords philox(uint64_t quad, uint64_t seed, uint64_t step) {
+template <class Keys>
+QK_HD PhiloxWords philox(uint64_t quad, const Keys& keys, uint64_t step) {
   uint32_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32);
   uint32_t c2 = uint32_t(step), c3 = uint32_t(step >> 32);
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t high0 = multiply_high(kPhiloxMultiplier0, c0), low0 = kPhiloxMultiplier0 * c0;
-    const uint32_t high1 = multiply_high(kPhiloxMultiplier1, c2), low1 = kPhiloxMultiplier1 * c2;
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
+    const Product p0 = multiply(kPhiloxMultiplier0, c0), p1 = multiply(kPhiloxMultiplier1, c2);
+    c0 = p1.high ^ c1 ^ keys.low(round);
+    c1 = p1.low;
+    c2 = p0.high ^ c3 ^ keys.high(round);
+    c3 = p0.low;
   }
   return {{c0, c1, c2, c3}};
+}
+
+QK_HD PhiloxWords philox(uint64_t quad, uint64_t seed, uint64_t step) {
+  return philox(quad, PhiloxSeed(seed), step);
 }
 
 // (2 k + 1 - 2^24) 2^-25 with k the upper 24 bits: in (-1/2, 1/2), symmetric, exact.
@@ -65,39 +84,64 @@ QK_HD float horner(const float (&c)[N], float x) {
   return total;
 }
 
+// a b + c where a b is exact, so that one rounding or two give the same.
+QK_HD float add_exact_product(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// sqrt(v) for what normal_radius asks for: -0.0, or 2^-24 and more. A GPU's sqrtf takes the same
+// steps for normal numbers, and tests for others before.
+QK_HD float radius_of(float v) {
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(v + 0x1p-80f));  // changes zero alone
+  const float root = v * inverse;
+  return fmaf(fmaf(-root, root, v), inverse * 0.5f, root);
+#else
+  return sqrtf(v);
+#endif
+}
+
 // sqrt(-2 ln u), u = (k + 1) 2^-24 = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2));
-// ln(1 + f) = f + f^2 P(f)
+// 2 ln(1 + f) = 2 f + f^2 P(f)
 QK_HD float normal_radius(uint32_t word) {
-  constexpr float kLog[] = {-0.49999991059303284f, 0.33333951234817505f, -0.25001755356788635f,
-                            0.19962070882320404f,  -0.165705144405365f,  0.14917989075183868f,
-                            -0.14307482540607452f, 0.08734750747680664f};
+  constexpr float kLog[] = {-0.9999998211860657f,  0.6666790246963501f, -0.5000351071357727f,
+                            0.3992414176464081f,   -0.33141028881073f,  0.29835978150367737f,
+                            -0.28614965081214905f, 0.17469501495361328f};
   constexpr int32_t kSqrtHalf = 0x3F3504F3;
-  const float u = float(int32_t(word >> 8) + 1) * 0x1p-24f;
-  const int32_t bits = qk_bits<int32_t>(u);
-  const int32_t e = (bits - kSqrtHalf) >> 23;
-  const float f = qk_bits<float>(bits - int32_t(uint32_t(e) << 23)) - 1.0f;
-  const float ln = float(e) * 0.69314718055994530942f + (f + f * f * horner(kLog, f));
-  return sqrtf(ln * -2.0f);
+  const int32_t scaled = qk_bits<int32_t>(float(int32_t(word >> 8) + 1));  // 2^24 u
+  const int32_t above = scaled - (kSqrtHalf + (24 << 23));
+  const int32_t e = int32_t(uint32_t(above) & 0xff800000u);  // times 2^23
+  const float f = qk_bits<float>(above - e + kSqrtHalf) - 1.0f;
+  const float ln = float(e) * (0.69314718055994530942f * 0x1p-22f) +
+                   add_exact_product(f, 2.0f, f * f * horner(kLog, f));
+  return radius_of(-ln);
 }
 
 struct Turn {
   float cos, sin;
 };
 
-// cos and sin of 2 pi k 2^-24, by quarter turns from [-pi/4, pi/4]
+// cos and sin of 2 pi k 2^-24, by quarter turns from [-pi/4, pi/4]. A quarter is 2^30 of the word,
+// whose last 8 bits do not count.
 QK_HD Turn normal_turn(uint32_t word) {
   constexpr float kSin[] = {-0.16666655242443085f, 0.008332177996635437f, -0.00019517297914717346f};
   constexpr float kCos[] = {0.04166664555668831f, -0.001388736767694354f, 2.443845005473122e-05f};
-  constexpr float kStep = 6.28318530717958647693 / 16777216.0;
-  const int32_t k = int32_t(word >> 8);
-  const int32_t quarter = (k + (1 << 21)) >> 22;
-  const float a = float(k - quarter * (1 << 22)) * kStep;
+  constexpr float kStep = 6.28318530717958647693 / 17179869184.0;
+  constexpr uint32_t kQuarter = 1u << 30, kSign = 1u << 31;
+  const float a = float(int32_t(word * 4 & ~0x3ffu)) * kStep;
   const float z = a * a;
   const float sin = a + a * z * horner(kSin, z);
-  const float cos = 1.0f - z * 0.5f + z * z * horner(kCos, z);
-  const bool swap = quarter & 1;
+  const float cos = add_exact_product(z, -0.5f, 1.0f) + z * z * horner(kCos, z);
+  const uint32_t nearest = word + kQuarter / 2;
+  const bool swap = nearest & kQuarter;
   const float x = swap ? sin : cos, y = swap ? cos : sin;
-  return {(quarter + 1) & 2 ? -x : x, quarter & 2 ? -y : y};
+  return {qk_bits<float>(qk_bits<uint32_t>(x) ^ ((nearest + kQuarter) & kSign)),
+          qk_bits<float>(qk_bits<uint32_t>(y) ^ (nearest & kSign))};
 }
 
 // Elements 2 i and 2 i + 1 from words 2 i and 2 i + 1 (Box and Muller 1958).

@@ -39,6 +39,17 @@ QK_HD QParams<C> range_to_qparams(Range<C> r, C qmin, C qmax, bool symmetric) {
   return {scale, int32_t(zp == zp ? zp : qmin)};
 }
 
+// A running range moved towards an observed one; weight = 1 - decay. One that is still [0, 0] takes
+// the observed as it is, and a bound observed as NaN or infinite leaves its own alone.
+template <class C>
+QK_HD Range<C> moved_range(Range<C> running, Range<C> observed, C weight) {
+  const C by = running.lo != C(0) || running.hi != C(0) ? weight : C(1);
+  const C lo = observed.lo - running.lo, hi = observed.hi - running.hi;
+  // v - v is NaN for those that are not finite
+  return {running.lo + by * (lo - lo == C(0) ? lo : C(0)),
+          running.hi + by * (hi - hi == C(0) ? hi : C(0))};
+}
+
 // The k-th candidate of the MSE search.
 template <class C>
 QK_HD Range<C> mse_candidate(Range<C> r, int k) {

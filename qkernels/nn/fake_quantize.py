@@ -128,13 +128,11 @@ class FakeQuantize(nn.Module):
             return x
         if self.spec.dynamic:
             return fake_quant(x, **self._of_dynamic) if self.fake_quant_enabled else x
-        bounds = self.range
-        if self.training and self.observer_enabled:
-            bounds = self._observe(x)
+        params = self._observe(x) if self.training and self.observer_enabled else None
         if not self.fake_quant_enabled:
             return x
         self._require_value()
-        scale, zero_point = self._params(bounds)
+        scale, zero_point = params or self._params(self.range)
         return fake_quant(x, scale, zero_point, **self._of_quant)
 
     def qparams(self) -> QuantRange:
@@ -206,8 +204,8 @@ class FakeQuantize(nn.Module):
         self._settled = False
 
     @torch.no_grad()
-    def _observe(self, x: Tensor) -> Tensor | None:
-        """Set the learned scale's first value, or move the range; returns the range for x."""
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Set the learned scale's first value (None), or move the range: the parameters for x."""
         sync = self.sync_ranks and observe.many_ranks()
         if self.range is None:
             self._first_value(x, sync)
@@ -215,16 +213,19 @@ class FakeQuantize(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not compiling and observe.recomputing():
             if x.numel() == 0:
-                return self.range
-            return self._recent.recall(self.measure(x), self.range)
+                return None
+            return self._params(self._recent.recall(self.measure(x), self.range))
         local = self.range.clone() if x.numel() == 0 else self.measure(x)
-        move = observe.step_op if compiling else observe.step
-        used = move(self.range, local, self.spec.ema or 0.0, self._union, sync)
+        how = (self.spec.ema or 0.0, self._union, sync)
+        if compiling:
+            used = observe.step_op(self.range, local, *how)
+            params = self._params(used)
+        else:
+            params = observe.follow(self.range, local, *how, **self._of_qparams)
+            self._recent.remember(local, self.range.clone())
         if not self._settled:
             self._mark()
-        if not compiling:
-            self._recent.remember(local, used)
-        return used
+        return params
 
     def _first_value(self, x: Tensor, sync: bool) -> None:
         # in a compiled step `_settled` is as it was at the time of compiling: the buffer decides

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from qkernels.ops.quant_range import QuantRange, follow_range
 
 
 def recomputing() -> bool:
@@ -18,8 +21,19 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def follow(
+    running: Tensor, local: Tensor, decay: float, union: bool, sync: bool, **codes: Any
+) -> QuantRange:
+    """Move the running range in place; its scale and zero point. Arguments as in `step`, and those
+    of `qkernels.qparams`."""
+    observed = local
+    if sync:
+        observed = widest(local) if union else average(local)
+    return follow_range(running, observed, decay, **codes)
+
+
 def step(running: Tensor, local: Tensor, decay: float, union: bool, sync: bool) -> Tensor:
-    """Move the running range in place, once per step; returns the range to quantize with.
+    """Move the running range in place, once per step; returns a copy, to quantize with.
 
     Args:
         running: [2] or [2, channels], changed.
@@ -28,14 +42,9 @@ def step(running: Tensor, local: Tensor, decay: float, union: bool, sync: bool) 
         union: ranks agree on the widest range, and not on the mean.
         sync: whether there are other ranks to agree with.
     """
-    if recomputing():
-        return running.clone()
-    observed = local
-    if sync:
-        observed = widest(local) if union else average(local)
-    used = moved(running, observed, decay)
-    running.copy_(used)
-    return used
+    if not recomputing():
+        follow(running, local, decay, union, sync, bits=8)  # the range is the same for all bits
+    return running.clone()
 
 
 # a compiled graph calls this op, which asks at run time: its backward, or a checkpoint round it,
@@ -51,19 +60,6 @@ step_op = torch.library.custom_op(
 @step_op.register_fake
 def _step_fake(running: Tensor, local: Tensor, decay: float, union: bool, sync: bool) -> Tensor:
     return torch.empty_like(running)
-
-
-def moved(running: Tensor, observed: Tensor, decay: float) -> Tensor:
-    """decay * running + (1 - decay) * observed, both [2] or [2, channels].
-
-    A running range that is still [0, 0] takes the observed one as it is, so that the average has
-    no bias towards 0 at the start. A bound observed as NaN or infinite (an overflow under fp16)
-    leaves the running one alone.
-    """
-    delta = (observed - running).nan_to_num_(0.0, 0.0, 0.0)
-    started = running.any(0)
-    after = torch.where(started, torch.add(running, delta, alpha=1.0 - decay), running + delta)
-    return after.to(running.dtype)
 
 
 def many_ranks() -> bool:

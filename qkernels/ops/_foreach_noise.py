@@ -14,8 +14,9 @@ from qkernels.ops import error_stats as _stats
 from qkernels.ops import noise as _noise
 from qkernels.ops._check import each_call, named
 from qkernels.ops._foreach import Listed
+from qkernels.ops._inplace import ToBeWritten, written
 from qkernels.ops._library import check
-from qkernels.ops._noise import ToBeWritten, check_statistics
+from qkernels.ops._noise import check_statistics
 from qkernels.ops.error_stats import ErrorStats
 from qkernels.ops.noise import Stats
 
@@ -229,5 +230,5 @@ def _add_in_place(listed: Listed, calls: list[Any], with_grad: bool) -> list[Ten
     listed.run(op, [(x.detach(), *rest, True) for x, *rest in calls])
     for x in xs:
         if not (with_grad and x.requires_grad):
-            torch.autograd.graph.increment_version(x)  # what autograd saved of x is stale
+            written(x)
     return list(xs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
+from qkernels.ops._inplace import ToBeWritten, written
 from qkernels.ops._library import call, check, define, run_checked, traced
 
 _COUNTER = "SymInt seed, SymInt step, Tensor? seed_at, Tensor? step_at, "
@@ -195,20 +196,6 @@ def check_statistics(op: str, x: Tensor, *rest: Any) -> None:
         _check.check_stats(op, rest[2], rest[3], "prev_")
 
 
-class ToBeWritten(torch.autograd.Function):
-    """Tells autograd that x changes in place, before it does: where torch refuses (a leaf that
-    requires grad, some views), nothing has been written yet."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 def add_noise(op: str, backend: str, inplace: bool, x: Tensor, *rest: Any) -> Tensor:
     """Run a noise op on checked types; `rest` are the schema's arguments after x."""
     if traced(x):
@@ -223,6 +210,4 @@ def add_noise(op: str, backend: str, inplace: bool, x: Tensor, *rest: Any) -> Te
         _registry.run(op, backend, x.detach(), *rest, True)
         return x
     y = run_checked(op, backend, x, *rest, inplace)
-    if inplace:
-        torch.autograd.graph.increment_version(x)  # what autograd saved of x is stale
-    return y
+    return written(x) if inplace else y

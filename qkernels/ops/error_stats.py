@@ -10,6 +10,7 @@ from torch import Tensor
 from qkernels import _registry, numeric
 from qkernels.backends.reference.error_stats import move_average
 from qkernels.ops import _check
+from qkernels.ops._inplace import written
 from qkernels.ops._library import call, define, run_checked, traced
 
 
@@ -222,7 +223,7 @@ def update_error_stats(ema: Tensor, decay: float, backend: str, op: str, *args: 
         result = call(op, backend, *args)
     else:
         result = run_checked(op, backend, *args, ema, decay)
-        torch.autograd.graph.increment_version(ema)
+        written(ema)
     stats = result if op == "error_stats" else result[0]
     if by_torch:
         move_average(ema, stats.reshape(4, -1), decay)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
+from qkernels.ops._inplace import is_writable, overwrite
 from qkernels.ops._library import call, check, define, traced
 from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list
 from qkernels.ops.fake_quant_dynamic import Run, dynamic_with_grad
@@ -284,6 +285,37 @@ def list_plan(
     return "fake_quant", Plan(args, needs_grad, learned, factor)
 
 
+def _run(args: tuple[Any, ...], dynamic: bool, grad_scale: float | None, backend: str) -> Tensor:
+    """fake_quant with the arguments of `fake_quant_args`."""
+    if dynamic:
+        return dynamic_with_grad(*args, backend)[0]
+    x, scale, zero_point = args[:3]
+    needs_grad, learned = wanted(x, scale, zero_point)
+    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
+    if traced(x):
+        mask = needs_grad and not learned
+        return call("fake_quant", backend, *args, mask, grad_scale=factor)[0]
+    check_rest(x, scale, zero_point, *args[5:])
+    if not needs_grad:
+        return _registry.run("fake_quant", backend, *args, False)[0]
+    # one tuple: each argument of apply costs
+    return FakeQuant.apply(x, scale, zero_point, (args, learned, factor, backend))
+
+
+def _overwrite(args: tuple[Any, ...], dynamic: bool, backend: str) -> Tensor:
+    """The same in place; see `fake_quant`."""
+    x = args[0]
+    if not dynamic and all(wanted(*args[:3])):
+        raise ValueError(
+            "fake_quant: inplace must be False where scale or zero_point requires grad, got True"
+        )
+    if traced(x) or not is_writable(x, args[4 if dynamic else 6]):
+        return x.copy_(_run(args, dynamic, None, backend))
+    op = "fake_quant_dynamic" if dynamic else "fake_quant"
+    check(op, *args, True)
+    return overwrite(op, backend, args)
+
+
 def fake_quant(
     x: Tensor,
     scale: Tensor | float | None = None,
@@ -298,6 +330,7 @@ def fake_quant(
     percentile: float | None = None,
     clip: str = "code",
     grad_scale: float | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Quantize x to `bits` bits and back, with a straight-through (STE) gradient.
@@ -329,6 +362,8 @@ def fake_quant(
             "value": iff x / scale + zero_point is (LSQ paper). Both gradients follow it.
         grad_scale: factor of the gradients of scale and zero_point. None: 1 / sqrt(N Qp) as in LSQ,
             N the elements per scale, Qp = qmax; 1.0: the plain gradient.
+        inplace: write to x and return it; not with a learned scale, whose gradient reads x. torch
+            refuses it where another op saved x for its backward (a ReLU saves its result).
         backend: "native", "triton" or "reference" for this call; None: the table's choice.
 
     Returns:
@@ -355,15 +390,6 @@ def fake_quant(
         clip,
     )
     row = _registry.check_backend(backend, "fake_quant: backend") if backend else ""
-    if scale is None:
-        return dynamic_with_grad(*args, row)[0]
-    needs_grad, learned = wanted(x, args[1], args[2])
-    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
-    if traced(x):
-        mask = needs_grad and not learned
-        return call("fake_quant", row, *args, mask, grad_scale=factor)[0]
-    check_rest(x, args[1], args[2], args[5], group_size, clip)
-    if not needs_grad:
-        return _registry.run("fake_quant", row, *args, False)[0]
-    # one tuple: each argument of apply costs
-    return FakeQuant.apply(x, args[1], args[2], (args, learned, factor, row))
+    if inplace:
+        return _overwrite(args, scale is None, row)
+    return _run(args, scale is None, grad_scale, row)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, define
+from qkernels.ops._inplace import written
+from qkernels.ops._library import call, define, run_checked
 
 
 class QuantRange(NamedTuple):
@@ -53,7 +54,14 @@ def _fake(
     )
 
 
-def check_qparams(range: Tensor, qmin: int, qmax: int, symmetric: bool) -> None:
+def check_qparams(
+    range: Tensor,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+    running: Tensor | None = None,
+    weight: float = 0.0,
+) -> None:
     """Raise on arguments that no row could run."""
     if range.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"qparams: range must be float32 or float64, got {range.dtype}")
@@ -208,3 +216,29 @@ def qparams(
     args = qparams_args(range, bits, symmetric, narrow_range)
     row = _registry.check_backend(backend, "qparams: backend")
     return QuantRange(*call("qparams", row, *args))
+
+
+def follow_range(
+    running: Tensor,
+    observed: Tensor,
+    decay: float,
+    *,
+    bits: int,
+    symmetric: bool = False,
+    narrow_range: bool = False,
+) -> QuantRange:
+    """Move a running range towards an observed one, in place; `qparams` of the moved one.
+
+    running = decay * running + (1 - decay) * observed. A running range that is still [0, 0] takes
+    the observed one as it is, so that the average has no bias towards 0 at the start; a bound
+    observed as NaN or infinite leaves its own alone. For observers; eager only.
+
+    Args:
+        running: [2] or [2, channels], contiguous; float32 or float64.
+        observed: of running's shape, on its device.
+        bits, symmetric, narrow_range: as in `fake_quant`.
+    """
+    args = qparams_args(observed.to(running.dtype), bits, symmetric, narrow_range)
+    params = run_checked("qparams", "", *args, running, 1.0 - decay)
+    written(running)
+    return QuantRange(*params)

@@ -24,10 +24,11 @@ def _prepare(
     group_size: int | None,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> Prepared:
-    """-> (y, mask bytes; empty unless asked for)."""
+    """-> (y, or x itself in place; mask bytes; empty unless asked for)."""
     dense, _, (outer, channels, inner) = numeric.plan(x, axis, group_size)
-    y = torch.empty_like(dense)
+    y = dense if inplace or dense is not x else torch.empty_like(dense)
     bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
     s, zp, zp_is_int = flat_params(scale, zero_point)
     fields = (

@@ -30,11 +30,12 @@ def _prepare(
     percentile: float,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> Prepared:
-    """-> (y, scale, zero point as int32, mask bytes; empty unless asked for)."""
+    """-> (y, or x in place; scale, zero point as int32, mask bytes; empty unless asked for)."""
     dense, _, layout = numeric.plan(x, axis, group_size)
     scale, zp = params_like(x, axis, group_size)
-    y = torch.empty_like(dense)
+    y = dense if inplace or dense is not x else torch.empty_like(dense)
     bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
     scratch = range_workspace(target, x, layout, method)
     fields = (

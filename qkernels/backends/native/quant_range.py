@@ -16,9 +16,15 @@ from qkernels.backends.native.common import (
 
 
 def _prepare_qparams(
-    target: _native.Target, range: Tensor, qmin: int, qmax: int, symmetric: bool
+    target: _native.Target,
+    range: Tensor,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+    running: Tensor | None = None,
+    weight: float = 0.0,
 ) -> Prepared:
-    """range [2, ...] -> (scale, zero point as int32)."""
+    """range [2, ...] -> (scale, zero point as int32); running (without gaps) moves by range."""
     range = range.contiguous()
     scale = range.new_empty(range.shape[1:])
     zp = range.new_empty(range.shape[1:], dtype=torch.int32)
@@ -31,6 +37,8 @@ def _prepare_qparams(
         range.data_ptr(),
         scale.data_ptr(),
         zp.data_ptr(),
+        0 if running is None else running.data_ptr(),
+        weight,
     )
     return fields, (scale, zp), range, None
 

@@ -71,10 +71,11 @@ def fake_quant(
     group_size: int | None,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """-> (y, mask bytes; empty unless asked for)."""
+    """-> (y, or x itself in place; mask bytes; empty unless asked for)."""
     check_values("fake_quant", scale, zero_point)
-    args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip, mask)
+    args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip, mask, inplace)
     return fake_quant_unchecked(*args)
 
 
@@ -88,10 +89,13 @@ def fake_quant_unchecked(
     group_size: int | None,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """fake_quant with a scale that is not the user's: an invalid channel is NaN, and no error."""
     v = quantized(to_channels(x, axis, group_size), scale, zero_point, qmin, qmax, clip)
     y = from_channels(v.q * v.scale, x, group_size)
+    if inplace:
+        y = x.copy_(y)
     return y, pack_bits(v.inside) if mask else x.new_empty(0, dtype=torch.uint8)
 
 

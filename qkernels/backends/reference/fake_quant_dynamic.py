@@ -19,8 +19,9 @@ def fake_quant_dynamic(
     percentile: float,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> (y, scale, zero point as int32, mask bytes; empty unless asked for)."""
+    """-> (y, or x in place; scale, zero point as int32, mask bytes; empty unless asked for)."""
     scale, zp, _ = quant_range(x, qmin, qmax, axis, group_size, symmetric, method, percentile)
-    y, bits = fake_quant_unchecked(x, scale, zp, qmin, qmax, axis, group_size, clip, mask)
+    y, bits = fake_quant_unchecked(x, scale, zp, qmin, qmax, axis, group_size, clip, mask, inplace)
     return y, scale, zp, bits

@@ -26,8 +26,33 @@ from qkernels.backends.reference.common import to_channels
 from qkernels.backends.reference.fake_quant import quantized
 
 
-def qparams(range: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """range [2, ...] -> (scale, zero point as int32), each of shape [...]."""
+def moved_range(running: Tensor, observed: Tensor, weight: float) -> Tensor:
+    """running + weight (observed - running), both [2, ...].
+
+    A running range that is still [0, 0] takes the observed one as it is, so that the average has
+    no bias towards 0 at the start. A bound observed as NaN or infinite (an overflow under fp16)
+    leaves the running one alone.
+    """
+    delta = (observed - running).nan_to_num(0.0, 0.0, 0.0)
+    one = torch.ones_like(running[0])
+    by = torch.where((running != 0).any(0), one * weight, one)
+    return running + by * delta
+
+
+def qparams(
+    range: Tensor,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+    running: Tensor | None = None,
+    weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """range [2, ...] -> (scale, zero point as int32), each of shape [...].
+
+    A running range moves by it, in place, and takes its place.
+    """
+    if running is not None:
+        range = running.copy_(moved_range(running, range, weight))
     lo, hi = range[0], range[1]
     tiny = numeric.smallest_scale(range.dtype)
     # a tensor: torch may turn the division by a number into a multiplication on a GPU

@@ -9,11 +9,57 @@ from torch import Tensor
 
 from qkernels import numeric
 from qkernels.backends.triton import launch
-from qkernels.backends.triton.index import locate, mask_bytes
-from qkernels.backends.triton.numeric import load_channel, narrow, quantize_value, widen
+from qkernels.backends.triton.index import load_params, locate, locate_mask, mask_bytes
+from qkernels.backends.triton.numeric import narrow, quantize_value, widen
 from qkernels.ops._check import check_values
 
 
+@triton.jit
+def fake_quant_tile(
+    pid,
+    x_ptr,
+    y_ptr,
+    mask_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    qmin,
+    qmax,
+    outer,
+    period,
+    inner,
+    channels,
+    CLIP_VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MODE: tl.constexpr,
+    WRAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Tile pid: y, and one bit per element where the gradient passes."""
+    offset, exists, row, group = locate(pid, outer, period, ROWS, GROUPS, WIDE)
+    x = widen(tl.load(x_ptr + offset, mask=exists, other=0.0))
+    inv, scale, lo, hi = load_params(
+        scale_ptr,
+        zero_point_ptr,
+        row,
+        group,
+        qmin,
+        qmax,
+        outer,
+        period,
+        inner,
+        channels,
+        MODE,
+        WRAP,
+    )
+    _t, q, inside = quantize_value(x, inv, lo, hi, CLIP_VALUE)
+    tl.store(y_ptr + offset, narrow(q * scale, y_ptr.dtype.element_ty), mask=exists)
+    if mask_ptr is not None:
+        byte, in_mask = locate_mask(outer, period, row, group)
+        tl.store(mask_ptr + byte, mask_bytes(inside & exists), mask=in_mask)
+
+
+# ideal bytes an element: reads 4, writes 4 (+ 1/8 of a mask) in fp32; 2 and 2 in fp16 and bf16
 @triton.jit(do_not_specialize=["qmin", "qmax"])
 def fake_quant_kernel(
     x_ptr,
@@ -34,24 +80,36 @@ def fake_quant_kernel(
     WRAP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y, and one bit per element where the gradient passes."""
-    offset, exists, channel, known, byte, in_mask = locate(
-        outer, period, inner, channels, ROWS, GROUPS, MODE, WRAP, WIDE
+    """A tile a program."""
+    fake_quant_tile(
+        tl.program_id(0),
+        x_ptr,
+        y_ptr,
+        mask_ptr,
+        scale_ptr,
+        zero_point_ptr,
+        qmin,
+        qmax,
+        outer,
+        period,
+        inner,
+        channels,
+        CLIP_VALUE,
+        ROWS,
+        GROUPS,
+        MODE,
+        WRAP,
+        WIDE,
     )
-    x = widen(tl.load(x_ptr + offset, mask=exists, other=0.0))
-    inv, scale, lo, hi = load_channel(scale_ptr, zero_point_ptr, channel, known, qmin, qmax)
-    _t, q, inside = quantize_value(x, inv, lo, hi, CLIP_VALUE)
-    tl.store(y_ptr + offset, narrow(q * scale, y_ptr.dtype.element_ty), mask=exists)
-    if mask_ptr is not None:
-        tl.store(mask_ptr + byte, mask_bytes(inside & exists), mask=in_mask)
 
 
 @triton.jit
-def fake_quant_bwd_kernel(
-    grad_ptr, mask_ptr, out_ptr, numel, GROUPS: tl.constexpr, WIDE: tl.constexpr
+def fake_quant_bwd_tile(
+    pid, grad_ptr, mask_ptr, out_ptr, numel, GROUPS: tl.constexpr, WIDE: tl.constexpr
 ):
-    """grad where the bit is set, +0 elsewhere."""
-    pid = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    """Tile pid: grad where the bit is set, +0 elsewhere."""
+    if WIDE:
+        pid = pid.to(tl.int64)
     group = pid * GROUPS + tl.arange(0, GROUPS)
     offset = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     exists = offset < numel
@@ -59,6 +117,15 @@ def fake_quant_bwd_kernel(
     inside = (byte[:, None] >> tl.arange(0, 8)[None, :]) & 1
     grad = tl.load(grad_ptr + offset, mask=exists, other=0.0)
     tl.store(out_ptr + offset, tl.where(inside != 0, grad, 0.0), mask=exists)
+
+
+# ideal bytes an element: reads 4 + 1/8 of the mask, writes 4 in fp32; 2 and 2 in fp16 and bf16
+@triton.jit
+def fake_quant_bwd_kernel(
+    grad_ptr, mask_ptr, out_ptr, numel, GROUPS: tl.constexpr, WIDE: tl.constexpr
+):
+    """A tile a program."""
+    fake_quant_bwd_tile(tl.program_id(0), grad_ptr, mask_ptr, out_ptr, numel, GROUPS, WIDE)
 
 
 def fake_quant(
@@ -71,10 +138,12 @@ def fake_quant(
     group_size: int | None,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """-> (y, mask bytes; empty unless asked for)."""
+    """-> (y, or x itself in place; mask bytes; empty unless asked for)."""
     check_values("fake_quant", scale, zero_point)
-    return fake_quant_unchecked(x, scale, zero_point, qmin, qmax, axis, group_size, clip, mask)
+    args = (x, scale, zero_point, qmin, qmax, axis, group_size, clip, mask, inplace)
+    return fake_quant_unchecked(*args)
 
 
 def fake_quant_unchecked(
@@ -87,10 +156,11 @@ def fake_quant_unchecked(
     group_size: int | None,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """fake_quant with parameters that may be NaN, as those of a dynamic range."""
     flat, _, layout = numeric.plan(x, axis, group_size)
-    y = torch.empty_like(flat)
+    y = launch.output(flat, x, inplace)
     bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
     grid = launch.elementwise(layout, mask)
     launch.run(
@@ -107,7 +177,7 @@ def fake_quant_unchecked(
         CLIP_VALUE=clip == "value",
         **grid.constants,
     )
-    return launch.like(y, x, group_size), bits
+    return launch.result(y, x, group_size, inplace), bits
 
 
 def fake_quant_bwd(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:

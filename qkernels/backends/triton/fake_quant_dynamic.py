@@ -25,10 +25,12 @@ from qkernels.backends.triton.numeric import (
 )
 from qkernels.backends.triton.quant_range import quant_range
 
-# elements of a channel that one program of eight warps holds in registers, 32 a thread
-HELD = 8192
+# bytes of a channel, in the compute dtype, that one program holds in registers: 32 values of fp32 a
+# thread of sixteen warps, or of fp64 a thread of eight (of sixteen they would be spilled)
+HELD_BYTES = 1 << 16
 
 
+# ideal bytes an element: reads 4, writes 4 (+ 1/8 of a mask) in fp32; 2 and 2 in fp16 and bf16
 @triton.jit(do_not_specialize=["qmin", "qmax"])
 def fake_quant_dynamic_kernel(
     x_ptr,
@@ -76,6 +78,11 @@ def fake_quant_dynamic_kernel(
         tl.store(mask_ptr + byte, mask_bytes(inside & exists), mask=in_mask)
 
 
+def held_warps(elements: int) -> int:
+    """Warps of a program that holds a tile: up to 16 elements a thread with four, else 32."""
+    return 4 if elements <= launch.TILE else 8 if elements <= 8192 else 16
+
+
 def fake_quant_dynamic(
     x: Tensor,
     qmin: int,
@@ -87,19 +94,23 @@ def fake_quant_dynamic(
     percentile: float,
     clip: str,
     mask: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> (y, scale, zero point as int32, mask bytes; empty unless asked for)."""
+    """-> (y, or x in place; scale, zero point as int32, mask bytes; empty unless asked for)."""
     flat, _, layout = numeric.plan(x, axis, group_size)
     outer, channels, n = launch.simplified(layout)
+    compute = numeric.compute_dtype(x.dtype)
+    held = HELD_BYTES // compute.itemsize
     whole_bytes = n % 8 == 0 or channels == 1 or not mask
-    if method != "minmax" or outer != 1 or not 0 < n <= HELD or not whole_bytes:
+    if method != "minmax" or outer != 1 or not 0 < n <= held or not whole_bytes:
         scale, zp, _ = quant_range(x, qmin, qmax, axis, group_size, symmetric, method, percentile)
-        y, bits = fake_quant_unchecked(x, scale, zp, qmin, qmax, axis, group_size, clip, mask)
+        args = (x, scale, zp, qmin, qmax, axis, group_size, clip, mask, inplace)
+        y, bits = fake_quant_unchecked(*args)
         return y, scale, zp, bits
     shape = numeric.params_shape(x.shape, axis, group_size)
-    scale = x.new_empty(shape, dtype=numeric.compute_dtype(x.dtype))
+    scale = x.new_empty(shape, dtype=compute)
     zp = x.new_empty(shape, dtype=torch.int32)
-    y = torch.empty_like(flat)
+    y = launch.output(flat, x, inplace)
     bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
     groups = launch.power_of_two(launch.ceil_div(n, 8))
     block = min(launch.power_of_two(channels), max(1, launch.TILE // (8 * groups)))
@@ -120,6 +131,6 @@ def fake_quant_dynamic(
         C=block,
         GROUPS=groups,
         WIDE=launch.is_wide(x.numel()),
-        num_warps=4 if 8 * groups <= launch.TILE else 8,
+        num_warps=held_warps(8 * groups),
     )
-    return launch.like(y, x, group_size), scale, zp, bits
+    return launch.result(y, x, group_size, inplace), scale, zp, bits

@@ -1,4 +1,4 @@
-"""Where the elements of a tile lie in memory, and which channel they belong to."""
+"""Where the elements of a tile lie in memory, and the parameters of their channels."""
 
 from __future__ import annotations
 
@@ -6,57 +6,89 @@ import triton
 import triton.language as tl
 
 from qkernels.backends.triton import launch
+from qkernels.backends.triton.numeric import load_channel
 
 SCALAR = tl.constexpr(launch.SCALAR)
 ROW = tl.constexpr(launch.ROW)
-GROUP = tl.constexpr(launch.GROUP)
+STRADDLE = tl.constexpr(launch.STRADDLE)
+ELEMENT = tl.constexpr(launch.ELEMENT)
 GRID_ROWS = tl.constexpr(launch.ROWS)
 COLUMNS = tl.constexpr(launch.COLUMNS)
 
 
 @triton.jit
 def locate(
+    pid,
     outer,
     period,
-    inner,
-    channels,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    MODE: tl.constexpr,
-    WRAP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The tile [ROWS, GROUPS, 8] of this program, of [outer, period] in memory.
+    """The tile [ROWS, GROUPS, 8] number pid, of [outer, period] in memory.
 
-    -> (offset, whether it exists, channel [1 or ROWS, 1 or GROUPS, 1 or 8], whether that exists,
-        byte of the mask [ROWS, GROUPS], whether it exists)
+    -> (offset, whether it exists, row [ROWS], group of eight within the period [GROUPS])
     """
-    all_groups = (period + 7) // 8
-    blocks = (all_groups + GROUPS - 1) // GROUPS
-    pid = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    blocks = ((period + 7) // 8 + GROUPS - 1) // GROUPS
+    if WIDE:
+        pid = pid.to(tl.int64)
     row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
     group = (pid % blocks) * GROUPS + tl.arange(0, GROUPS)
     position = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     offset = row[:, None, None] * period + position
-    exists = (row[:, None, None] < outer) & (position < period)
+    return offset, (row[:, None, None] < outer) & (position < period), row, group
+
+
+@triton.jit
+def locate_mask(outer, period, row, group):
+    """-> (byte of the mask [ROWS, GROUPS], whether it exists)"""
+    all_groups = (period + 7) // 8
+    byte = row[:, None] * all_groups + group[None, :]
+    return byte, (row[:, None] < outer) & (group[None, :] < all_groups)
+
+
+@triton.jit
+def load_params(
+    scale_ptr,
+    zero_point_ptr,
+    row,
+    group,
+    qmin,
+    qmax,
+    outer,
+    period,
+    inner,
+    channels,
+    MODE: tl.constexpr,
+    WRAP: tl.constexpr,
+):
+    """load_channel of the channels of a tile [ROWS, GROUPS, 8], each dim whole or 1."""
+    first = group[None, :, None] * 8
     if MODE == SCALAR:
         channel = tl.zeros([1, 1, 1], tl.int32)
         known = channel == 0
     elif MODE == ROW:
         channel = row[:, None, None] % channels
         known = row[:, None, None] < outer
-    elif MODE == GROUP:
-        first = group[None, :, None] * 8  # eight elements never cross a channel
-        channel = first // inner
-        known = first < period
-    else:
+    elif MODE == ELEMENT:
+        position = first + tl.arange(0, 8)[None, None, :]
         channel = position // inner
         known = position < period
-    if WRAP:
-        channel = channel % channels
-    byte = row[:, None] * all_groups + group[None, :]
-    in_mask = (row[:, None] < outer) & (group[None, :] < all_groups)
-    return offset, exists, channel, known, byte, in_mask
+    else:  # the channel of the first of eight elements
+        channel = first // inner
+        known = first < period
+    here = channel % channels if WRAP else channel
+    inv, scale, lo, hi = load_channel(scale_ptr, zero_point_ptr, here, known, qmin, qmax)
+    if MODE == STRADDLE:  # a division for eight elements, not for each
+        end = (channel + 1) * inner
+        channel = (channel + 1) % channels if WRAP else channel + 1
+        next_inv, next_scale, next_lo, next_hi = load_channel(
+            scale_ptr, zero_point_ptr, channel, end < period, qmin, qmax
+        )
+        beyond = first + tl.arange(0, 8)[None, None, :] >= end
+        inv, scale = tl.where(beyond, next_inv, inv), tl.where(beyond, next_scale, scale)
+        lo, hi = tl.where(beyond, next_lo, lo), tl.where(beyond, next_hi, hi)
+    return inv, scale, lo, hi
 
 
 @triton.jit

@@ -6,6 +6,7 @@ This module does not import triton, so that asking whether it is there costs not
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import struct
@@ -23,11 +24,13 @@ TILE = 2048
 PROGRAMS = 1024
 # contiguous elements that a tile reads at the least, if there are so many: a 128-byte line of fp32
 RUN = 32
+# plans of launches that are remembered, those of the layouts of a large network
+PLANS = 1024
 # from here on an offset may not fit in 32 bits (tiles reach beyond the end of the tensor)
 WIDE_FROM = 1 << 30
 
-# how the channel of an element is found: see locate() in index.py
-SCALAR, ROW, GROUP, ELEMENT = 0, 1, 2, 3
+# how the channel of an element is found: see load_params() in index.py
+SCALAR, ROW, GROUP, STRADDLE, ELEMENT = 0, 1, 2, 3, 4
 # how elements of a channel lie in memory: see tile() in index.py
 ROWS, COLUMNS, MIXED = 0, 1, 2
 
@@ -51,11 +54,11 @@ def run(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constants:
     if programs == 0:
         return
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    with _on(args[0].device):
+    with on(args[0].device):
         kernel[(programs,)](*args, **constants, **options)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The device made current; for interpreted kernels, numpy silent on inf and NaN."""
     if device.type == "cpu":
         import numpy
@@ -93,6 +96,18 @@ def like(y: Tensor, x: Tensor, group_size: int | None) -> Tensor:
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
+def output(flat: Tensor, x: Tensor, inplace: bool) -> Tensor:
+    """Where an elementwise kernel over flat, the dense form of x, writes: a copy is ours."""
+    return flat if inplace or flat is not x else torch.empty_like(flat)
+
+
+def result(y: Tensor, x: Tensor, group_size: int | None, inplace: bool) -> Tensor:
+    """What an op returns for y of `output`: x itself in place, else as `like`."""
+    if not inplace:
+        return like(y, x, group_size)
+    return x if y is x else x.copy_(y)
+
+
 class Grid(NamedTuple):
     """Tiles of [rows, groups of eight elements] for an elementwise kernel over [outer, period]."""
 
@@ -107,9 +122,15 @@ def elementwise(layout: Layout, masked: bool) -> Grid:
     A period is one step of the outer dim. The channel of an element depends on its position in the
     period alone, so that a tile of several rows loads and inverts its scales once.
     """
+    outer, channels, inner = layout
+    return _elementwise(layout, masked, is_wide(outer * channels * inner))
+
+
+@functools.lru_cache(PLANS)
+def _elementwise(layout: Layout, masked: bool, wide: bool) -> Grid:
     outer, channels, inner = simplified(layout)
     numel = outer * channels * inner
-    mode = SCALAR if channels == 1 else GROUP if inner % 8 == 0 else ELEMENT
+    mode = SCALAR if channels == 1 else by_eights(inner)
     groups, wrap = TILE // 8, False
     row_groups = fitting_groups(inner) if channels > 1 and (not masked or inner % 8 == 0) else 0
     if row_groups:  # one channel a program
@@ -123,9 +144,14 @@ def elementwise(layout: Layout, masked: bool) -> Grid:
     all_groups = ceil_div(period, 8)
     groups = min(groups, power_of_two(all_groups))
     rows = 1 if mode == ROW else min(TILE // (8 * groups), power_of_two(outer))
-    constants = {"ROWS": rows, "GROUPS": groups, "MODE": mode, "WRAP": wrap, "WIDE": is_wide(numel)}
+    constants = {"ROWS": rows, "GROUPS": groups, "MODE": mode, "WRAP": wrap, "WIDE": wide}
     programs = ceil_div(all_groups, groups) * ceil_div(outer, rows)
     return Grid(programs, (outer, period, inner, channels), constants)
+
+
+def by_eights(inner: int) -> int:
+    """How eight elements that begin anywhere at a multiple of eight lie to channels."""
+    return GROUP if inner % 8 == 0 else STRADDLE if inner > 8 else ELEMENT
 
 
 def fitting_groups(inner: int) -> int:
@@ -162,6 +188,12 @@ def reduction(layout: Layout, tile: int = TILE, most_channels: int = TILE) -> Ti
 
     Program p reduces block p % blocks of the channels over `steps` tiles of part p // blocks.
     """
+    outer, channels, inner = layout
+    return _reduction(layout, tile, most_channels, is_wide(outer * channels * inner))
+
+
+@functools.lru_cache(PLANS)
+def _reduction(layout: Layout, tile: int, most_channels: int, wide: bool) -> Tiling:
     outer, channels, inner = simplified(layout)
     n = outer * inner
     mode = ROWS if outer == 1 else COLUMNS if inner == 1 else MIXED
@@ -173,5 +205,12 @@ def reduction(layout: Layout, tile: int = TILE, most_channels: int = TILE) -> Ti
     all_steps = ceil_div(n, size)
     parts = max(1, min(all_steps, PROGRAMS // max(blocks, 1)))
     steps = ceil_div(all_steps, parts)
-    constants = {"C": block, "E": size, "MODE": mode, "WIDE": is_wide(outer * channels * inner)}
+    constants = {"C": block, "E": size, "MODE": mode, "WIDE": wide}
     return Tiling(blocks, ceil_div(all_steps, steps), steps, (channels, inner, n), constants)
+
+
+def finishing(parts: int, channels: int, cells: int) -> tuple[int, dict[str, int]]:
+    """How a second stage adds up [parts, channels]: (programs, tile [P, C] of at most `cells`)."""
+    block = min(16, power_of_two(channels))
+    constants = {"P": min(power_of_two(parts), cells // block), "C": block}
+    return ceil_div(channels, block), constants

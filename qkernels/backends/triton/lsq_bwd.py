@@ -26,9 +26,15 @@ from qkernels.backends.triton.numeric import (
 )
 from qkernels.ops._check import check_values
 
+# a program keeps four sums for each element of its tile
+TILE = launch.TILE // 2
+# of the second stage, with two doubles for each
+FINISH_TILE = launch.TILE // 2
 
-@triton.jit(do_not_specialize=["qmin", "qmax", "grad_scale_bits"])
-def lsq_bwd_kernel(
+
+@triton.jit
+def lsq_bwd_part(
+    pid,
     grad_ptr,
     x_ptr,
     grad_x_ptr,
@@ -51,10 +57,11 @@ def lsq_bwd_kernel(
     MODE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """grad_x, and the sums over one part of C channels: to partial [parts, 2, channels] in double,
-    or, without partial, scaled to the gradients of scale and zero point."""
-    block = tl.program_id(0) % blocks
-    part = tl.program_id(0) // blocks
+    """Program pid: grad_x, and the sums over one part of C channels: to partial
+    [parts, 2, channels] in double, or, without it, scaled to the gradients of scale and zero
+    point."""
+    block = pid % blocks
+    part = pid // blocks
     c = block * C + tl.arange(0, C)
     inv, scale, lo, hi = load_channel(scale_ptr, zero_point_ptr, c, c < channels, qmin, qmax)
     inv, scale, lo, hi = inv[:, None], scale[:, None], lo[:, None], hi[:, None]
@@ -87,6 +94,90 @@ def lsq_bwd_kernel(
         tl.store(grad_zero_point_ptr + c, (for_zero * factor).to(dtype), mask=c < channels)
 
 
+# ideal bytes an element: reads 4 + 4, writes 4 in fp32; 2 + 2 and 2 in fp16 and bf16; writes 16 a
+# channel and part
+@triton.jit(do_not_specialize=["qmin", "qmax", "grad_scale_bits"])
+def lsq_bwd_kernel(
+    grad_ptr,
+    x_ptr,
+    grad_x_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    grad_scale_ptr,
+    grad_zero_point_ptr,
+    partial_ptr,
+    qmin,
+    qmax,
+    grad_scale_bits,
+    blocks,
+    steps,
+    channels,
+    inner,
+    n,
+    CLIP_VALUE: tl.constexpr,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    MODE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The first stage, and the only one where channels are of one part."""
+    lsq_bwd_part(
+        tl.program_id(0),
+        grad_ptr,
+        x_ptr,
+        grad_x_ptr,
+        scale_ptr,
+        zero_point_ptr,
+        grad_scale_ptr,
+        grad_zero_point_ptr,
+        partial_ptr,
+        qmin,
+        qmax,
+        grad_scale_bits,
+        blocks,
+        steps,
+        channels,
+        inner,
+        n,
+        CLIP_VALUE,
+        C,
+        E,
+        MODE,
+        WIDE,
+    )
+
+
+@triton.jit
+def lsq_finish_block(
+    pid,
+    grad_scale_ptr,
+    grad_zero_point_ptr,
+    partial_ptr,
+    grad_scale_bits,
+    parts,
+    channels,
+    P: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Program pid: the sums over the parts, in their order, times grad_scale."""
+    c = pid * C + tl.arange(0, C)[None, :]
+    for_scale = tl.zeros([P, C], tl.float64)
+    for_zero = tl.zeros([P, C], tl.float64)
+    for first in range(0, parts, P):
+        part = first + tl.arange(0, P)[:, None]
+        at = partial_ptr + part * 2 * channels + c
+        exists = (part < parts) & (c < channels)
+        for_scale += tl.load(at, mask=exists, other=0.0)
+        for_zero += tl.load(at + channels, mask=exists, other=0.0)
+    factor = double(grad_scale_bits)
+    dtype = grad_scale_ptr.dtype.element_ty
+    c = pid * C + tl.arange(0, C)
+    known = c < channels
+    tl.store(grad_scale_ptr + c, (tl.sum(for_scale, 0) * factor).to(dtype), mask=known)
+    tl.store(grad_zero_point_ptr + c, (tl.sum(for_zero, 0) * factor).to(dtype), mask=known)
+
+
+# ideal bytes a channel: reads 16 a part, writes 8
 @triton.jit(do_not_specialize=["grad_scale_bits", "parts"])
 def lsq_finish_kernel(
     grad_scale_ptr,
@@ -98,22 +189,18 @@ def lsq_finish_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The sums over the parts, in their order, times grad_scale."""
-    c = tl.program_id(0) * C + tl.arange(0, C)[None, :]
-    for_scale = tl.zeros([P, C], tl.float64)
-    for_zero = tl.zeros([P, C], tl.float64)
-    for first in range(0, parts, P):
-        part = first + tl.arange(0, P)[:, None]
-        at = partial_ptr + part * 2 * channels + c
-        exists = (part < parts) & (c < channels)
-        for_scale += tl.load(at, mask=exists, other=0.0)
-        for_zero += tl.load(at + channels, mask=exists, other=0.0)
-    factor = double(grad_scale_bits)
-    dtype = grad_scale_ptr.dtype.element_ty
-    c = tl.program_id(0) * C + tl.arange(0, C)
-    known = c < channels
-    tl.store(grad_scale_ptr + c, (tl.sum(for_scale, 0) * factor).to(dtype), mask=known)
-    tl.store(grad_zero_point_ptr + c, (tl.sum(for_zero, 0) * factor).to(dtype), mask=known)
+    """The second stage."""
+    lsq_finish_block(
+        tl.program_id(0),
+        grad_scale_ptr,
+        grad_zero_point_ptr,
+        partial_ptr,
+        grad_scale_bits,
+        parts,
+        channels,
+        P,
+        C,
+    )
 
 
 def lsq_bwd(
@@ -135,7 +222,7 @@ def lsq_bwd(
     grad_s, grad_z = torch.empty_like(scale), torch.empty_like(scale)
     if x.numel() == 0:
         return launch.like(grad_x, x, group_size), grad_s.zero_(), grad_z.zero_()
-    plan = launch.reduction(layout, tile=launch.TILE // 2)
+    plan = launch.reduction(layout, tile=TILE)
     partial = None
     if plan.parts > 1:
         partial = x.new_empty((plan.parts, 2, layout[1]), dtype=torch.float64)
@@ -168,16 +255,15 @@ def lsq_bwd(
 def finish(partial: Tensor, grad_scale_bits: int, grad_s: Tensor, grad_z: Tensor) -> None:
     """The second stage of the reduction; partial is [parts, 2, channels]."""
     parts, _, channels = partial.shape
-    block = min(16, launch.power_of_two(channels))
+    programs, constants = launch.finishing(parts, channels, FINISH_TILE)
     launch.run(
         lsq_finish_kernel,
-        launch.ceil_div(channels, block),
+        programs,
         grad_s,
         grad_z,
         partial,
         grad_scale_bits,
         parts,
         channels,
-        P=min(launch.power_of_two(parts), launch.TILE // 2 // block),
-        C=block,
+        **constants,
     )

@@ -52,6 +52,7 @@ def bisect(key, exists, k, BITS: tl.constexpr):
     return found, tl.where(upto > k + 1, found, above)
 
 
+# ideal bytes an element: reads 4 in fp32, 2 in fp16 and bf16
 @triton.jit(do_not_specialize=["lo_k", "lo_w", "hi_k", "hi_w", "qmin", "qmax"])
 def percentile_held_kernel(
     x_ptr,
@@ -88,6 +89,7 @@ def percentile_held_kernel(
     store_range(scale_ptr, zero_point_ptr, range_ptr, c, channels, lo, hi, qmin, qmax, SYMMETRIC)
 
 
+# ideal bytes an element: reads 4 in fp32, in each of eight launches; 2 in fp16 and bf16, in four
 @triton.jit(do_not_specialize=["shift"])
 def digits_kernel(
     x_ptr,
@@ -149,6 +151,7 @@ def follow(counts, rank):
     return digit, rank, (rank + 1 < here).to(tl.int64)
 
 
+# ideal bytes a channel: reads 128 a part
 @triton.jit(do_not_specialize=["lo_k", "hi_k", "parts"])
 def select_kernel(
     count_ptr,
@@ -196,6 +199,7 @@ def select_kernel(
     tl.store(after + 5, hi_tied)
 
 
+# ideal bytes an element: reads 4 in fp32, 2 in fp16 and bf16
 @triton.jit
 def above_kernel(
     x_ptr,
@@ -235,6 +239,7 @@ def above_kernel(
     tl.store(at + 2, tl.max(greatest, axis=1).to(tl.int64))
 
 
+# ideal bytes a channel: reads 24 a part, writes 16
 @triton.jit(do_not_specialize=["lo_w", "hi_w", "parts", "qmin", "qmax"])
 def percentile_finish_kernel(
     above_ptr,

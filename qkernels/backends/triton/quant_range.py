@@ -18,6 +18,7 @@ from qkernels.backends.triton.mse import mse_range
 from qkernels.backends.triton.numeric import (
     at_least_smallest,
     compensated_add,
+    double,
     is_nan,
     range_to_qparams,
     row_sum,
@@ -38,6 +39,8 @@ def lsq_scale(mean_abs, zero_point, qmin, qmax, SYMMETRIC: tl.constexpr):
     return 2.0 * mean_abs / tl.sqrt(qp.to(tl.float64))
 
 
+# ideal bytes an element: reads 4 in fp32, 2 in fp16 and bf16; writes 8 (+ 8 of a sum) a channel and
+# part
 @triton.jit
 def minmax_kernel(
     x_ptr,
@@ -80,6 +83,7 @@ def minmax_kernel(
         tl.store(sums_ptr + part * channels + c, row_sum(total, lost), mask=c < channels)
 
 
+# ideal bytes a channel: reads 8 (+ 8 of a sum) a part, writes 16
 @triton.jit(do_not_specialize=["n", "parts", "qmin", "qmax"])
 def minmax_finish_kernel(
     bounds_ptr,
@@ -129,26 +133,52 @@ def minmax_finish_kernel(
     tl.store(range_ptr + channels + c, most, mask=known)
 
 
-@triton.jit(do_not_specialize=["qmin", "qmax"])
+@triton.jit
+def moved_bound(running, observed, started, weight):
+    """See reference/quant_range.py::moved_range."""
+    delta = observed - running
+    delta = tl.where(delta - delta == 0, delta, 0.0)
+    return running + tl.where(started, weight, 1.0) * delta
+
+
+# ideal bytes a channel: reads 8, writes 8; with a running range twice that
+@triton.jit(do_not_specialize=["qmin", "qmax", "weight_bits"])
 def qparams_kernel(
     range_ptr,
     scale_ptr,
     zero_point_ptr,
+    running_ptr,
     qmin,
     qmax,
+    weight_bits,
     channels,
     SYMMETRIC: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Bounds [2, channels] -> scale and zero point."""
+    """Bounds [2, channels] -> scale and zero point, of the running range if there is one."""
     c = tl.program_id(0) * C + tl.arange(0, C)
     lo = tl.load(range_ptr + c, mask=c < channels, other=0.0)
     hi = tl.load(range_ptr + channels + c, mask=c < channels, other=0.0)
-    store_range(scale_ptr, zero_point_ptr, None, c, channels, lo, hi, qmin, qmax, SYMMETRIC)
+    if running_ptr is not None:
+        old_lo = tl.load(running_ptr + c, mask=c < channels, other=0.0)
+        old_hi = tl.load(running_ptr + channels + c, mask=c < channels, other=0.0)
+        started = (old_lo != 0) | (old_hi != 0)
+        weight = tl.zeros([C], lo.dtype) + double(weight_bits).to(lo.dtype)
+        lo = moved_bound(old_lo, lo, started, weight)
+        hi = moved_bound(old_hi, hi, started, weight)
+    store_range(scale_ptr, zero_point_ptr, running_ptr, c, channels, lo, hi, qmin, qmax, SYMMETRIC)
 
 
-def qparams(range: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """range [2, ...] -> (scale, zero point as int32), each of shape [...]."""
+def qparams(
+    range: Tensor,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+    running: Tensor | None = None,
+    weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """range [2, ...] -> (scale, zero point as int32), each of shape [...]; running (without gaps)
+    moves by range."""
     shape = range.shape[1:]
     scale, zero_point = range.new_empty(shape), range.new_empty(shape, dtype=torch.int32)
     channels = shape.numel()
@@ -158,8 +188,10 @@ def qparams(range: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tenso
         range.contiguous(),
         scale,
         zero_point,
+        running,
         qmin,
         qmax,
+        launch.float_bits(weight),
         channels,
         SYMMETRIC=symmetric,
         C=256,
@@ -196,10 +228,10 @@ def minmax_finish(
     """Second stage: scale, zero point and range from the parts; rest is (qmin, qmax, symmetric)."""
     parts, _, channels = bounds.shape
     qmin, qmax, symmetric = rest
-    block = min(16, launch.power_of_two(channels))
+    programs, constants = launch.finishing(parts, channels, launch.TILE // 2)
     launch.run(
         minmax_finish_kernel,
-        launch.ceil_div(channels, block),
+        programs,
         bounds,
         sums,
         *out,
@@ -209,8 +241,7 @@ def minmax_finish(
         qmax,
         channels,
         SYMMETRIC=symmetric,
-        P=min(launch.power_of_two(parts), launch.TILE // 2 // block),
-        C=block,
+        **constants,
     )
 
 

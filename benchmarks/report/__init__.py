@@ -1,0 +1,1 @@
+"""`python -m benchmarks.report`: tables, plots and comparisons of benchmark results."""

@@ -1,0 +1,81 @@
+"""The contenders of the step benchmark: one float net, quantized in different ways.
+
+Treatment of all QAT rows: W4A4, first and last layer with 8 bits, weights symmetric per output
+channel, activations affine per tensor, the input of every layer quantized. What differs is the
+quantizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+
+from step_rivals import ByHand, TorchCore, torch_ao, torchao
+from torch import nn
+
+from qkernels.nn import FakeQuantize, QConfig, QuantLayer, QuantSpec, prepare
+
+BITS = 4
+STE, LSQ = QConfig.minmax(BITS, BITS), QConfig.lsq(BITS, BITS)
+
+
+def with_quantizers(model: nn.Module, make: Callable[[QuantSpec, int], nn.Module]) -> nn.Module:
+    """The model prepared as ours STE, its quantizers replaced by make(spec, channels)."""
+    model = prepare(model, STE)
+    for layer in model.modules():
+        if not isinstance(layer, QuantLayer):
+            continue
+        for name in ("weight_fake_quant", "input_fake_quant"):
+            ours = getattr(layer, name)
+            assert isinstance(ours, FakeQuantize)
+            channels = layer.weight.shape[0] if ours.spec.per_channel else 1
+            setattr(layer, name, make(ours.spec, channels))
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+Build = Callable[[nn.Module], nn.Module]
+ROWS: dict[str, Build] = {
+    "float": copy.deepcopy,
+    "ours STE": lambda model: prepare(model, STE),
+    "ours LSQ": lambda model: prepare(model, LSQ),
+    "torch.ao": lambda model: with_quantizers(model, torch_ao),
+    "composite": lambda model: with_quantizers(model, ByHand),
+}
+FULL_ROWS: dict[str, Build] = {
+    "torch core": lambda model: with_quantizers(model, TorchCore),
+    "torchao": lambda model: with_quantizers(model, torchao),
+    "float, compiled": lambda model: _compiled(copy.deepcopy(model)),
+    "ours STE, compiled": lambda model: _compiled(prepare(model, STE)),
+    "ours LSQ, compiled": lambda model: _compiled(prepare(model, LSQ)),
+    "composite, compiled": lambda model: _compiled(with_quantizers(model, ByHand)),
+}
+# the step in a CUDA graph: only the kernels count, not the time to launch them
+GRAPH_ROWS: dict[str, Build] = {
+    f"{name}, graph": ROWS[name] for name in ("float", "ours STE", "ours LSQ")
+}
+# asked: at most this times the float step, by row and device; torch.ao's tax is asked beside it
+BARS = {
+    ("ours STE", "cpu"): 1.15,
+    ("ours LSQ", "cpu"): 1.25,
+    ("ours STE", "cuda"): 1.10,
+    ("ours LSQ", "cuda"): 1.10,
+}
+
+
+def base(row: str) -> str:
+    """The float row that a row's tax is against: eager, compiled or in a graph as the row is."""
+    _, comma, how = row.partition(",")
+    return "float" + comma + how
+
+
+def why_not(row: str) -> str | None:
+    """Why a row cannot run here."""
+    if row == "torchao" and importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed"
+    return None
