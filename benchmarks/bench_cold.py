@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import MIB, Call, read_ledger
-from headline import BYTES, QMAX, QMIN, SHAPE, assert_parity
-from record import Work, work_of
-from rivals import compiled, composite
-from timing import race
+from harness.clocks import MIB, Call, read_ledger
+from harness.headline import BYTES, QMAX, QMIN, SHAPE, assert_parity
+from harness.record import Work, work_of
+from harness.rivals import compiled, composite
+from harness.timing import race
 from torch import Tensor
 
 import qkernels

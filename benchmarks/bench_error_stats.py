@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
-from headline import BYTES, SHAPE
-from parity import assert_statistics
-from record import work_of
-from rivals import Call, compiled, copies, error_composite, minmax_composite
-from sweep import Spot, bytes_of
-from timing import Bar, race
+from harness.clocks import read_ledger
+from harness.headline import BYTES, SHAPE
+from harness.parity import assert_statistics
+from harness.record import work_of
+from harness.rivals import Call, compiled, copies, error_composite, minmax_composite
+from harness.sweep import Spot, bytes_of
+from harness.timing import Bar, race
 from torch import Tensor
 
 import qkernels

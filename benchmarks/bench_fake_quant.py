@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
 from compare import assert_codes, assert_same
-from headline import BYTES, QMAX, QMIN, assert_gradients_agree, assert_parity, inputs
-from parity import assert_gradients, assert_rival
-from peers import Params, fake_quant_peers
-from record import saved_bytes, work_of
-from rivals import Call, compiled, composite, copies, core_fake_quant, ste_composite
-from sweep import F32, Spot, bytes_of, mask_bytes
-from timing import Bar, batched, race
+from harness.clocks import read_ledger
+from harness.headline import BYTES, QMAX, QMIN, assert_gradients_agree, assert_parity, inputs
+from harness.parity import assert_gradients, assert_rival
+from harness.peers import Params, fake_quant_peers
+from harness.record import saved_bytes, work_of
+from harness.rivals import Call, compiled, composite, copies, core_fake_quant, ste_composite
+from harness.sweep import F32, Spot, bytes_of, mask_bytes
+from harness.timing import Bar, batched, race
 from torch import Tensor
 
 import qkernels

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
 from compare import assert_codes, assert_same
-from headline import BYTES, QMAX, QMIN, inputs
-from parity import assert_rival
-from record import work_of
-from rivals import Call, compiled, copies, dynamic_composite
-from sweep import Spot, bytes_of, mask_bytes
-from timing import Bar, race
+from harness.clocks import read_ledger
+from harness.headline import BYTES, QMAX, QMIN, inputs
+from harness.parity import assert_rival
+from harness.record import work_of
+from harness.rivals import Call, compiled, copies, dynamic_composite
+from harness.sweep import Spot, bytes_of, mask_bytes
+from harness.timing import Bar, race
 
 import qkernels
 

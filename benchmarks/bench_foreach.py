@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from cases import resnet18_weights, resnet50_weights
-from clocks import read_ledger
 from compare import assert_same
-from parity import assert_statistics
-from record import Work
-from rivals import composite, copies
-from sweep import Options, column
-from timing import Bar, race
+from harness.clocks import read_ledger
+from harness.parity import assert_statistics
+from harness.record import Work
+from harness.rivals import composite, copies
+from harness.sweep import Options, column
+from harness.timing import Bar, race
 from torch import Tensor
 
 import qkernels

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
-from headline import BYTES, QMAX, QMIN, assert_gradients_agree, inputs
-from parity import assert_gradients, assert_learned
-from record import work_of
-from rivals import (
+from harness.clocks import read_ledger
+from harness.headline import BYTES, QMAX, QMIN, assert_gradients_agree, inputs
+from harness.parity import assert_gradients, assert_learned
+from harness.record import work_of
+from harness.rivals import (
     Call,
     compiled,
     copies,
@@ -18,8 +18,8 @@ from rivals import (
     core_learnable_backward,
     lsq_composite,
 )
-from sweep import BF16, Spot, bytes_of
-from timing import Bar, race
+from harness.sweep import BF16, Spot, bytes_of
+from harness.timing import Bar, race
 from torch import Tensor
 
 import qkernels

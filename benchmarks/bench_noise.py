@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
 from compare import assert_same
-from headline import BYTES, SHAPE
-from parity import assert_noise
-from record import peak_bytes, saved_bytes, work_of
-from rivals import Call, compiled, copies
-from sweep import Spot, bytes_of
-from timing import Bar, race
+from harness.clocks import read_ledger
+from harness.headline import BYTES, SHAPE
+from harness.parity import assert_noise
+from harness.record import peak_bytes, saved_bytes, work_of
+from harness.rivals import Call, compiled, copies
+from harness.sweep import Spot, bytes_of
+from harness.timing import Bar, race
 from torch import Tensor
 
 import qkernels

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
 from compare import assert_same, assert_values
-from headline import BYTES, SHAPE
-from parity import assert_mse
-from record import work_of
-from rivals import Call, compiled, copies, kthvalue_percentile, minmax_composite
-from sweep import Spot, bytes_of
-from timing import Bar, race
+from harness.clocks import read_ledger
+from harness.headline import BYTES, SHAPE
+from harness.parity import assert_mse
+from harness.record import work_of
+from harness.rivals import Call, compiled, copies, kthvalue_percentile, minmax_composite
+from harness.sweep import Spot, bytes_of
+from harness.timing import Bar, race
 from torch import Tensor
 
 import qkernels

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from clocks import read_ledger
 from compare import assert_same
-from rivals import Call, compiled, copies, dequantize_composite, quantize_composite
-from sweep import Spot, bytes_of
-from timing import race
+from harness.clocks import read_ledger
+from harness.rivals import Call, compiled, copies, dequantize_composite, quantize_composite
+from harness.sweep import Spot, bytes_of
+from harness.timing import race
 from torch import Tensor
 
 import qkernels

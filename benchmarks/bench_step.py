@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from clocks import read_ledger
-from nets import CLASSES, NETS
-from record import environment
-from step_check import assert_backends_agree, assert_same_codes
-from step_race import PEAK_HOW, Step, captured, peak_bytes, race, saved_bytes
-from step_rows import BARS, FULL_ROWS, GRAPH_ROWS, ROWS, base, why_not
-from timing import hand_over, micro, percentile
+from harness.clocks import read_ledger
+from harness.record import environment
+from harness.timing import hand_over, micro, percentile
+from step.check import assert_backends_agree, assert_same_codes
+from step.nets import CLASSES, NETS
+from step.race import PEAK_HOW, Step, captured, peak_bytes, race, saved_bytes
+from step.rows import BARS, FULL_ROWS, GRAPH_ROWS, ROWS, base, why_not
 from torch import nn
 
 # pictures a step: on a CPU for some 0.3 s on two cores, on a GPU so that kernels outlast launches
@@ -166,6 +166,7 @@ def figures(net: str, row: str, got: dict[str, Outcome], device: str) -> dict[st
     low, tax, high = (round(percentile(taxes, p), 4) for p in (20, 50, 80))
     info: dict[str, Any] = {
         "op": "qat_step",
+        "clock": "wall clock" if device == "cpu" else "CUDA events",
         "row": row,
         "net": net,
         "batch": BATCH[device],

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import peers
 import pytest
-import sweep
-import table
-import timing
 import torch
+from harness import peers, sweep, table, timing
 
 import qkernels
 

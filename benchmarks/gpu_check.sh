@@ -71,7 +71,7 @@ prepare() {
 
 # what the machine is: JSON; 0 with a GPU that torch can use, 3 without
 look_around() {
-  timeout -k 5 60 "$PYTHON" "$HERE/gpu_check_info.py" "$WORK/info.json" "$WORK/site" >"$WORK/info.log" 2>&1
+  timeout -k 5 60 "$PYTHON" "$HERE/gpu_check/info.py" "$WORK/info.json" "$WORK/site" >"$WORK/info.log" 2>&1
   HAS_GPU=$(($? == 0))
 }
 
@@ -82,14 +82,14 @@ part_build() {
   QKERNELS_CUDA=${QKERNELS_CUDA:-$cuda} CMAKE_BUILD_PARALLEL_LEVEL=$JOBS MAX_JOBS=$JOBS \
     "$PYTHON" -m pip install -v --no-build-isolation --no-deps --no-index --no-cache-dir \
     --target "$WORK/site" "$ROOT" || return 1
-  cd "$WORK" && "$PYTHON" "$HERE/gpu_check_info.py" "$WORK/info.json" "$WORK/site" --built
+  cd "$WORK" && "$PYTHON" "$HERE/gpu_check/info.py" "$WORK/info.json" "$WORK/site" --built
 }
 
 # pytest in several processes: NAME, number of processes, arguments of pytest
 tested() {
   local name=$1 jobs=$2
   shift 2
-  cd "$ROOT" && "$PYTHON" "$HERE/gpu_check_tests.py" "$WORK/$name.json" --jobs "$jobs" \
+  cd "$ROOT" && "$PYTHON" "$HERE/gpu_check/tests.py" "$WORK/$name.json" --jobs "$jobs" \
     --seconds $((LIMIT - 12)) "$@"
 }
 
@@ -138,10 +138,10 @@ part_sanitizer() {
   cd "$ROOT" || return 1
   local pids=() bad=0 pid tool
   # an error made on purpose, which must be seen
-  sanitized memcheck found "Invalid __global__ write" "$HERE/gpu_check_planted.py" & pids+=($!)
-  sanitized memcheck clean "all cases were run" "$HERE/gpu_check_sanitizer.py" all & pids+=($!)
+  sanitized memcheck found "Invalid __global__ write" "$HERE/gpu_check/planted.py" & pids+=($!)
+  sanitized memcheck clean "all cases were run" "$HERE/gpu_check/sanitizer.py" all & pids+=($!)
   for tool in racecheck synccheck initcheck; do
-    sanitized $tool clean "all cases were run" "$HERE/gpu_check_sanitizer.py" some & pids+=($!)
+    sanitized $tool clean "all cases were run" "$HERE/gpu_check/sanitizer.py" some & pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || bad=1; done
   if grep -q 'Device not supported' "$WORK"/sanitizer.*.log; then
@@ -164,7 +164,7 @@ part_bench() {
 }
 
 summary() {
-  "$PYTHON" "$HERE/gpu_check_summary.py" "$WORK" "$OUTDIR" "${CHOSEN[@]}"
+  "$PYTHON" "$HERE/gpu_check/summary.py" "$WORK" "$OUTDIR" "${CHOSEN[@]}"
 }
 
 # verdict of a part: PART, verdict, seconds, limit, reason

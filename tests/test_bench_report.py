@@ -7,11 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import clocks
 import pytest
-import table
-import timing
 import torch
+from harness import clocks, table, timing
 from report import __main__ as command
 from report import markdown, read
 

@@ -9,11 +9,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import gpu_check_sanitizer
-import gpu_check_summary
-import gpu_check_tests
 import pytest
 import torch
+from gpu_check import sanitizer, summary, tests
 
 from qkernels._table import STEMS
 
@@ -110,7 +108,7 @@ def shards(tmp_path: Path, more: str, *extra: str) -> tuple[int, dict]:
     """Three processes over a small test file: exit code and what they found together."""
     tests = tmp_path / "test_sample.py"
     tests.write_text(SAMPLE.format(more=more))
-    script, file = BENCHMARKS / "gpu_check_tests.py", tmp_path / "found.json"
+    script, file = BENCHMARKS / "gpu_check/tests.py", tmp_path / "found.json"
     command = [sys.executable, str(script), str(file), "--jobs", "3", "--seconds", "60", *extra]
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), env.get("PYTHONPATH", "")])
@@ -145,7 +143,7 @@ def test_rows_that_no_test_ran_fail(tmp_path: Path) -> None:
     code, found = shards(tmp_path, "", "--every-row")
     assert code == 1 and len(found["missing_rows"]) == 2 * len(STEMS)
     ran = [f"{op} cuda {backend}" for op in STEMS for backend in ("native", "triton")]
-    assert gpu_check_tests.missing_rows(ran[1:]) == ran[:1]
+    assert tests.missing_rows(ran[1:]) == ran[:1]
 
 
 def test_verdicts_of_tests() -> None:
@@ -158,11 +156,11 @@ def test_verdicts_of_tests() -> None:
         ({"finished": False}, 1),
         ({"missing_rows": ["lsq_bwd cuda native"]}, 1),
     ):
-        assert gpu_check_tests.verdict({**good, **change}) == code, change
+        assert tests.verdict({**good, **change}) == code, change
 
 
 def test_the_sanitizer_sees_every_op() -> None:
-    done = Counter(gpu_check_sanitizer.work("some", "cpu"))
+    done = Counter(sanitizer.work("some", "cpu"))
     for op in STEMS:
         assert done[f"{op} native"] >= 10 and done[f"{op} native, list"] == 1
 
@@ -182,7 +180,7 @@ def test_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = [row("bench_quick", 0.97), row("bench_slow", 0.41), row("bench_small", 0.1, 1024)]
     (out / "bench.json").write_text(json.dumps({"benchmarks": bench}))
     monkeypatch.setattr(sys, "argv", ["", str(work), str(out), "tests", "graph", "bench"])
-    assert gpu_check_summary.main() == 0
+    assert summary.main() == 0
     page = (out / "summary.md").read_text()
     assert "| tests | failed | 12 | 150 | exit code 1; see log.txt |" in page
     assert "| graph | not run | 0 | 0 | not reached |" in page

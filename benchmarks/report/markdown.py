@@ -54,7 +54,7 @@ def step_table(steps: list[Result]) -> list[str]:
             net = r.device, r.text("net")
             best[net] = min(r.info["tax"], best.get(net, r.info["tax"]))
     lines: list[tuple[str, ...]] = []
-    for r in steps:
+    for r in sorted(steps, key=lambda r: (r.device, r.text("net"), r.info["tax"])):
         tax, peak = r.info["tax"], r.number("peak_bytes")
         other = best.get((r.device, r.text("net")))
         lost = r.text("row").startswith("ours") and other is not None and tax > other

@@ -36,7 +36,9 @@ Work* fake_quant_work(const FakeQuantParams& p) {
 }
 
 int64_t fake_quant(const FakeQuantParams* calls, int64_t count, int threads) {
-  return run_list(calls, count, threads, fake_quant_work, /*only_valid=*/true);
+  bool in_place = false;  // then a bad scale must be found before x is lost
+  for (int64_t i = 0; i < count; ++i) in_place = in_place || calls[i].x == calls[i].y;
+  return run_list(calls, count, threads, fake_quant_work, /*only_valid=*/in_place);
 }
 
 // Bits, not values, are moved: a clipped element is +0 even where grad is NaN or infinite.

@@ -233,9 +233,14 @@ static void run_ranges(const Case& c, Method method, bool symmetric) {
                      symmetric,
                      s.range.data(),
                      scale.data(),
-                     reinterpret_cast<int32_t*>(zero_point.data())};
+                     reinterpret_cast<int32_t*>(zero_point.data()),
+                     nullptr,
+                     0.1};
   kernels().qparams(&q, 1, threads);
   report(c.name("qparams" + name), {&scale, &zero_point});
+  q.running = s.range.data();  // moves by itself: any range does
+  kernels().qparams(&q, 1, threads);
+  report(c.name("qparams running" + name), {&s.range, &scale, &zero_point});
   if (slow) return;
 
   Search d(c, method, symmetric);

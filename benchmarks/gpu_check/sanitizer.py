@@ -1,4 +1,4 @@
-"""The cases that compute-sanitizer watches: `gpu_check_sanitizer.py all|some`.
+"""The cases that compute-sanitizer watches: `gpu_check/sanitizer.py all|some`.
 
 Every native kernel, on tensors of every shape and layout of tests/cases.py, as single calls and as
 lists, and a few calls of the Triton rows. Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1: each tensor
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-TESTS = str(Path(__file__).resolve().parent.parent / "tests")
+TESTS = str(Path(__file__).resolve().parents[2] / "tests")
 STATS = ("error_stats", "error_stats_dynamic")
 NOISE = ("differential_noise", "drop_in_noise", "uniform_noise")
 Call = tuple[Any, ...]
@@ -84,9 +84,9 @@ def work(which: str, device: str) -> Iterator[str]:
 def main() -> None:
     which = sys.argv[1]
     if which not in ("all", "some"):
-        raise SystemExit(f"gpu_check_sanitizer: cases must be one of all, some, got {which}")
+        raise SystemExit(f"gpu_check: cases must be one of all, some, got {which}")
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_check_sanitizer: torch finds no CUDA device")
+        raise SystemExit("gpu_check: torch finds no CUDA device")
     sys.path.insert(0, TESTS)
     done = Counter(work(which, "cuda"))
     sys.stdout.write(f"all cases were run: {sum(done.values())} of {len(done)} rows and lists\n")

@@ -1,6 +1,6 @@
 """A pytest plugin: runs one share of the tests and leaves what happened as JSON.
 
-    QKERNELS_SHARE="2/8 FILE" python -m pytest -p gpu_check_pytest ...
+    QKERNELS_SHARE="2/8 FILE" python -m pytest -p gpu_check.pytest_plugin ...
 
 A test belongs to the share that the CRC of its id says, so that shares need nothing of each other.
 """

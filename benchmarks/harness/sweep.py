@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import BENCH_CASES, Case
-from record import Work, work_of
 from torch import Tensor
 
 import qkernels
 from qkernels import _registry, numeric
+
+from .record import Work, work_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SIZES = {case.name: case for case in BENCH_CASES}

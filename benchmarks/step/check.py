@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from compare import assert_codes
-from step_race import Step
-from step_rivals import code_range
-from step_rows import ROWS
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
 import qkernels
 from qkernels.nn import FakeQuantize
+
+from .race import Step
+from .rivals import code_range
+from .rows import ROWS
 
 
 def assert_backends_agree(build: Any, model: nn.Module, x: Tensor, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the machine is and what was built, as JSON: `gpu_check_info.py FILE SITE [--built]`.
+"""What the machine is and what was built, as JSON: `gpu_check/info.py FILE SITE [--built]`.
 
 Exit code 0 if torch can use a GPU, 3 if not. With --built the package must be imported from the
 folder SITE and, where there is a GPU, hold CUDA kernels: exit code 0 or 1.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def output_of(*command: str) -> str:

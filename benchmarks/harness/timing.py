@@ -17,8 +17,8 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
-from clocks import Call, Clock, CudaClock, clock_for, ledger, nothing
-from record import Work, environment, peak_bytes, saved_bytes
+from .clocks import Call, Clock, CudaClock, clock_for, ledger, nothing
+from .record import Work, environment, peak_bytes, saved_bytes
 
 WARM, TIMED = 8, 5  # calls in a turn
 LONG_WARM, LONG_TIMED = 1, 2  # where a call takes longer than LONG seconds

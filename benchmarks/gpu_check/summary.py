@@ -1,4 +1,4 @@
-"""One page about a run of gpu_check.sh: `gpu_check_summary.py WORK OUTDIR PART ...`.
+"""One page about a run of gpu_check.sh: `gpu_check/summary.py WORK OUTDIR PART ...`.
 
 Reads what the parts left in WORK and writes OUTDIR/summary.md (for people), OUTDIR/gpu_check.json
 (the same for programs) and OUTDIR/log.txt (the ends of all logs). Prints the page.

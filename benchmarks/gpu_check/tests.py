@@ -1,6 +1,6 @@
 """pytest in several processes, without pytest-xdist, its results as one JSON.
 
-    gpu_check_tests.py FILE --jobs N --seconds S [--every-row] -- PYTEST ARGUMENTS
+    gpu_check/tests.py FILE --jobs N --seconds S [--every-row] -- PYTEST ARGUMENTS
 
 Exit code 0 if all passed, at least one test did, and (--every-row) every row of the table for CUDA
 ran on the device; 3 if all that was chosen was skipped; else 1.
@@ -39,7 +39,7 @@ def processes(jobs: int) -> int:
 def start(k: int, n: int, folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
     """One share of the tests in a process of its own."""
     env = dict(os.environ, QKERNELS_SHARE=f"{k}/{n} {folder / f'{k}.json'}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_check_pytest", "-p"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_check.pytest_plugin", "-p"]
     command += ["no:cacheprovider", "--tb=short", *arguments]
     with (folder / f"{k}.log").open("w") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)

@@ -11,10 +11,11 @@ import copy
 import importlib.util
 from collections.abc import Callable
 
-from step_rivals import ByHand, TorchCore, torch_ao, torchao
 from torch import nn
 
 from qkernels.nn import FakeQuantize, QConfig, QuantLayer, QuantSpec, prepare
+
+from .rivals import ByHand, TorchCore, torch_ao, torchao
 
 BITS = 4
 STE, LSQ = QConfig.minmax(BITS, BITS), QConfig.lsq(BITS, BITS)

@@ -1,0 +1,1 @@
+"""How the benchmarks time, what they record, and whom they race against."""
