@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,9 +108,18 @@ def check_granularity(op: str, shape: torch.Size, axis: int | None, group_size: 
             )
 
 
+class Like(NamedTuple):
+    """What the checks of parameters ask of x, for an op that makes it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    is_cpu: bool
+    shape: torch.Size
+
+
 def check_params(
     op: str,
-    x: Tensor,
+    x: Tensor | Like,
     scale: Tensor,
     zero_point: Tensor | None,
     axis: int | None,
@@ -129,7 +138,7 @@ def check_params(
 
 def check_entries(
     op: str,
-    x: Tensor,
+    x: Tensor | Like,
     scale: Tensor,
     zero_point: Tensor | None,
     axis: int | None,
@@ -142,7 +151,7 @@ def check_entries(
         check_param(op, "zero_point", zero_point, x, channels)
 
 
-def check_param(op: str, name: str, p: Tensor, x: Tensor, channels: int) -> None:
+def check_param(op: str, name: str, p: Tensor, x: Tensor | Like, channels: int) -> None:
     """p must have one entry per channel, on x's device."""
     if p.dim() > 1 or p.numel() != channels:
         rule = f"1-D with {channels} entries" if channels != 1 else "0-dim (or one entry)"
@@ -151,7 +160,7 @@ def check_param(op: str, name: str, p: Tensor, x: Tensor, channels: int) -> None
         raise ValueError(f"{op}: {name} must be on {x.device} like x, got {p.device}")
 
 
-def as_scale(op: str, x: Tensor, scale: Any) -> Tensor:
+def as_scale(op: str, x: Tensor | Like, scale: Any) -> Tensor:
     """scale in the compute dtype; a Python number becomes a 0-dim tensor.
 
     Narrow floats are widened (autograd sends the gradient back in their dtype), so that a model
@@ -172,7 +181,7 @@ def as_scale(op: str, x: Tensor, scale: Any) -> Tensor:
     raise TypeError(f"{op}: scale must be a Tensor, a float or None, got {type(scale).__name__}")
 
 
-def as_zero_point(op: str, x: Tensor, zero_point: Any) -> Tensor | None:
+def as_zero_point(op: str, x: Tensor | Like, zero_point: Any) -> Tensor | None:
     """zero_point as int32 or in the compute dtype, or None."""
     if zero_point is None:
         return None

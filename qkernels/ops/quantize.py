@@ -82,7 +82,7 @@ def check_dequantize(
             raise ValueError(f"dequantize: size must be in {low}..{high}, got {size}")
         shape = torch.Size((*shape[:-1], size))
     _check.check_granularity("dequantize", shape, axis, group_size)
-    like = codes.new_empty(0, dtype=dtype).new_empty(()).expand(shape)
+    like = _check.Like(dtype, codes.device, codes.is_cpu, shape)
     _check.check_params("dequantize", like, scale, zero_point, axis, group_size)
 
 
@@ -169,7 +169,7 @@ def dequantize_args(
         raise TypeError(
             f"dequantize: dtype must be float32, float64, float16 or bfloat16, got {dtype}"
         )
-    like = torch.empty((), dtype=dtype, device=codes.device)
+    like = _check.Like(dtype, codes.device, codes.is_cpu, codes.shape)
     scale = _check.as_scale("dequantize", like, scale).detach()
     zero_point = detached(_check.as_zero_point("dequantize", like, zero_point))
     pack = bits if packed else 0
