@@ -95,6 +95,7 @@ def bench_error_stats(benchmark: Any, spot: Spot) -> None:
     if spot.compiles():
         fused = compiled(error_composite)
         work["torch.compile"] = lambda: fused(x, *by)
+        assert_close(work["torch.compile"](), ours, scale)
     on_gpu = spot.device == "cuda" and spot.point.size == "64Mi"
     bars = (Bar("copy", 0.85), *(Bar(name, 1) for name in work))
     race(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness.clocks import read_ledger
 from harness.headline import BYTES, QMAX, QMIN, assert_gradients_agree, inputs
-from harness.parity import assert_gradients, assert_learned
+from harness.parity import assert_gradients, assert_learned, assert_sum_gradients
 from harness.record import work_of
 from harness.rivals import (
     Call,
@@ -76,6 +76,16 @@ def bound(spot: Spot) -> Tensor:
     return (size.sum(spot.dims) if spot.axis is not None else size.sum()) * QMAX
 
 
+def assert_all_gradients(
+    spot: Spot, got: tuple[Tensor, ...], theirs: tuple[Tensor, ...], who: str
+) -> None:
+    """A rival's gradients of x, scale and zero point."""
+    assert_gradients(got[0], theirs[0], spot.x.numel(), who)
+    size = bound(spot) / QMAX
+    for a, b in zip(got[1:], theirs[1:], strict=True):
+        assert_sum_gradients(a, b, size, who)
+
+
 @pytest.mark.sweep("lsq_bwd")
 def bench_lsq_fwd_bwd(benchmark: Any, spot: Spot) -> None:
     grad = spot.grad
@@ -103,8 +113,7 @@ def bench_lsq_fwd_bwd(benchmark: Any, spot: Spot) -> None:
     got = gradients(forward)
     assert_learned(got, gradients(lambda: forward(backend="reference")), bound(spot))
     for name, call in rivals.items():
-        theirs = gradients(call)
-        assert_gradients(got[0], theirs[0], spot.x.numel(), name)
+        assert_all_gradients(spot, got, gradients(call), name)
     clear()
     ideal = 5 * bytes_of(spot.x)
     race(
@@ -130,15 +139,15 @@ def bench_lsq_bwd(benchmark: Any, spot: Spot) -> None:
     work: dict[str, Call] = {}
     if takes_learnable(spot):
         core = lambda: core_learnable_backward(grad, x, scale, zp, spot.axis, QMIN, QMAX)  # noqa: E731
-        assert_gradients(got[0], core()[0], x.numel(), "torch core")
         work["torch core"] = core
     by_hand = lambda: lsq_gradients(grad, x, spot.column(scale), spot.column(zp), spot.dims)  # noqa: E731
     work["eager composite"] = by_hand
-    assert_gradients(got[0], by_hand()[0], x.numel(), "eager composite")
     if spot.compiles():
         fused = compiled(lsq_gradients)
         columns = spot.column(scale), spot.column(zp)
         work["torch.compile"] = lambda: fused(grad, x, *columns, spot.dims)
+    for name, call in work.items():
+        assert_all_gradients(spot, got, call(), name)
     ideal = 3 * bytes_of(x)
     on_gpu = spot.device == "cuda" and spot.point.size == "64Mi" and "torch core" in work
     race(

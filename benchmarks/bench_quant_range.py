@@ -101,6 +101,9 @@ def bench_quant_range_minmax(benchmark: Any, spot: Spot) -> None:
     if spot.compiles():
         fused = compiled(minmax_composite)
         work["torch.compile"] = lambda: fused(x, 0, 255, spot.dims)
+        torch.testing.assert_close(got[0].flatten(), work["torch.compile"]()[0].flatten())
+    if "torch core" in work:
+        assert_same(torch.stack(tuple(work["torch core"]())).float(), got[2])
     on_gpu = spot.device == "cuda" and spot.point.size == "64Mi"
     peers = tuple(Bar(n, 1) for n in ("torch core", "torch.compile") if n in work)
     race(
@@ -123,6 +126,8 @@ def bench_quant_range_percentile(benchmark: Any, spot: Spot) -> None:
     if spot.axis in (None, 0):
         rows = x.flatten(1) if spot.axis == 0 else x.reshape(1, -1)
         work["two kthvalue"] = lambda: kthvalue_percentile(rows, 99.0)
+        theirs = torch.stack(work["two kthvalue"]()).float().reshape(got.shape)
+        torch.testing.assert_close(theirs, got, rtol=0, atol=0.5)  # at most a rank apart
     race(
         benchmark,
         lambda: qkernels.quant_range(x, **kw, **spot.place()),

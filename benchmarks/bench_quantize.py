@@ -59,6 +59,7 @@ def bench_quantize(benchmark: Any, spot: Spot, bits: int) -> None:
     if spot.compiles() and bits == 8:
         fused = compiled(quantize_composite)
         work["torch.compile"] = lambda: fused(x, *by)
+        assert_near(plain, work["torch.compile"]())
     ideal = bytes_of(x) + code_bytes(x, bits)
     race(
         benchmark,

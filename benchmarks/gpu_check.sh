@@ -25,7 +25,7 @@ set -uo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
 PARTS=(build tests sanitizer graph large bench)
-declare -A SHARE=([build]=110 [tests]=150 [sanitizer]=80 [graph]=35 [large]=55 [bench]=95)
+declare -A SHARE=([build]=110 [tests]=140 [sanitizer]=70 [graph]=30 [large]=45 [bench]=135)
 
 wrong_call() {
   printf 'gpu_check: %s\nusage: gpu_check.sh [--dry-run] OUTDIR [part ...]; parts: %s summary\n' \
@@ -153,13 +153,16 @@ part_sanitizer() {
 
 part_bench() {
   cd "$ROOT" || return 1
-  local step=$((LIMIT / 3)) bad=0
+  local step=$((LIMIT / 4)) bad=0 results
+  rm -f "$OUTDIR"/{bench,bench_step}.json "$OUTDIR/report.md" # of a run before this one
   # an interrupted run still writes its JSON
   timeout -s INT -k 10 $((LIMIT - step - 12)) "$PYTHON" -m pytest benchmarks -q -p no:cacheprovider \
     --ignore benchmarks/bench_step.py --short --benchmark-json="$OUTDIR/bench.json" || bad=1
   timeout -s INT -k 10 "$step" "$PYTHON" -m pytest benchmarks/bench_step.py -q \
     -p no:cacheprovider --short --benchmark-json="$OUTDIR/bench_step.json" || bad=1
-  "$PYTHON" -m benchmarks.report "$OUTDIR/bench.json" --no-plots --out "$OUTDIR" || bad=1
+  results=$(find "$OUTDIR" -name 'bench*.json')
+  # shellcheck disable=SC2086
+  "$PYTHON" -m benchmarks.report $results --no-plots --out "$OUTDIR" || bad=1
   return $bad
 }
 

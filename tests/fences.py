@@ -51,15 +51,17 @@ def contiguous_stride(shape: Any) -> tuple[int, ...]:
 def fenced(aligned: bool = False) -> Iterator[Fences]:
     """Inside, torch.empty, torch.empty_like and Tensor.new_empty allocate between fences."""
     fences = Fences(aligned)
-    empty_like = torch.empty_like
+    empty_like, plain_empty = torch.empty_like, torch.empty
 
     def like(x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         real = empty_like(x, dtype=dtype or x.dtype, **kwargs)
         return fences.allocate(real.shape, real.stride(), real.dtype, real.device)
 
     def empty(
-        *shape: Any, dtype: torch.dtype | None = None, device: Any = None, **_: Any
+        *shape: Any, dtype: torch.dtype | None = None, device: Any = None, **rest: Any
     ) -> Tensor:
+        if rest.get("pin_memory"):  # no output: the host's side of a table, which may outlive us
+            return plain_empty(*shape, dtype=dtype, device=device, **rest)
         sizes = shape[0] if shape and not isinstance(shape[0], int) else shape
         return fences.allocate(
             tuple(sizes), contiguous_stride(tuple(sizes)), dtype or torch.float32, device

@@ -60,7 +60,9 @@ def slim(file: Path) -> None:
     for entry in bench.get("benchmarks", []):
         entry.get("stats", {}).pop("data", None)
     if bench:
-        file.write_text(json.dumps(bench, indent=1))
+        whole = file.with_suffix(".part")  # a run that is killed must not lose its measurements
+        whole.write_text(json.dumps(bench, indent=1))
+        whole.replace(file)
 
 
 def heading(info: dict[str, Any]) -> list[str]:

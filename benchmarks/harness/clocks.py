@@ -95,10 +95,10 @@ class CudaClock:
         """Seconds a call takes eagerly, Python and launch included: the middle of three means."""
         means = []
         for _ in range(3):
-            prepare()
             self.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(calls):
+                prepare()  # clears what a backward would add to
                 call()
             self.cuda.synchronize()
             means.append((time.perf_counter() - start) / calls)

@@ -29,14 +29,19 @@ def assert_rival(ours: Tensor, theirs: Tensor, scale: Tensor, who: str) -> None:
 
 def assert_gradients(ours: Tensor, theirs: Tensor, elements: int, who: str) -> None:
     """A rival's gradients are ours but next to ties: one element in 10 000 gets another code, and
-    each changes its own entry or its channel's sum (a sum over the tensor is compared in size)."""
-    if ours.numel() == 1:
-        torch.testing.assert_close(ours.reshape(()), theirs.reshape(()), rtol=0.05, atol=1.0)
-        return
+    each changes its own entry or its channel's sum."""
     half = 0.02 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    error = (ours - theirs).abs().float() / theirs.abs().max().float()
-    off, most = int((error > half).sum()), max(1, elements // 10_000)
+    error = (ours - theirs).abs().float() / theirs.abs().max().float().clamp(min=1e-30)
+    off, most = int((~(error <= half)).sum()), max(1, elements // 10_000)
     assert off <= most, f"{who}: {off} of {ours.numel()} gradients differ, at most {most} may"
+
+
+def assert_sum_gradients(ours: Tensor, theirs: Tensor, size: Tensor, who: str) -> None:
+    """A rival's gradients of scale and zero point, to 1e-3 of the size of all that is summed; an
+    element next to a tie may carry one channel in 50 further."""
+    off = (ours.float() - theirs.float().reshape(ours.shape)).abs()
+    wrong = int((~(off <= 1e-3 * size.float().reshape(ours.shape))).sum())
+    assert wrong <= ours.numel() // 50, f"{who}: {wrong} of {ours.numel()} sums differ"
 
 
 def assert_learned(got: tuple[Tensor, ...], want: tuple[Tensor, ...], bound: Tensor) -> None:
@@ -54,12 +59,25 @@ def assert_statistics(ours: Any, theirs: Any) -> None:
         assert_sums(one, two, torch.as_tensor(terms, device=two.device).expand_as(two), name)
 
 
-def assert_noise(op: Callable[..., Tensor], x: Tensor, params: Any, axis: int | None) -> None:
-    """op(x, params, axis=, offset=, backend=) is the reference's to the bit: all of a small tensor,
-    both ends of a large one along dimension 0, whose noise begins at `offset` elements."""
+def assert_draws(got: Tensor, want: Tensor, exact: bool, what: str) -> None:
+    """Noise of two rows: the same bits; of Triton's normals, 4 units in the last place of each."""
+    if exact:
+        assert_same(got, want, what)
+        return
+    eps = torch.finfo(got.dtype).eps
+    off = (got.float() - want.float()).abs()
+    assert bool((off <= eps * want.float().abs() + 2e-6).all()), f"{what} differs"
+
+
+def assert_noise(
+    op: Callable[..., Tensor], x: Tensor, params: Any, axis: int | None, exact: bool
+) -> None:
+    """op(x, params, axis=, offset=, backend=) is the reference's: all of a small tensor, both ends
+    of a large one along dimension 0, whose noise begins at `offset` elements."""
     got = op(x, params, axis=axis, offset=0)
     if x.numel() <= 1 << 18:
-        assert_same(got, op(x, params, axis=axis, offset=0, backend="reference"))
+        want = op(x, params, axis=axis, offset=0, backend="reference")
+        assert_draws(got, want, exact, "noise")
         return
     rest = x[0].numel()
     rows = max(1, PIECE // rest)
@@ -67,7 +85,8 @@ def assert_noise(op: Callable[..., Tensor], x: Tensor, params: Any, axis: int | 
         piece = x[start : start + rows]
         mine = sliced(params, start, rows) if axis == 0 else params
         want = op(piece, mine, axis=axis, offset=start * rest, backend="reference")
-        assert bool((got[start : start + rows] == want).all()), f"noise of rows {start} on differs"
+        part = got[start : start + rows]
+        assert_draws(part.contiguous(), want.contiguous(), exact, f"noise of rows {start} on")
 
 
 def sliced(params: Any, start: int, rows: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -127,7 +128,10 @@ def peak_bytes(call: Call, device: str) -> tuple[int, str]:
 
 @functools.cache
 def commit() -> str:
-    """Of the repository that holds this file, "-dirty" if files differ; "unknown" outside one."""
+    """QKERNELS_COMMIT, or that of the repository that holds this file, "-dirty" if files differ;
+    "unknown" outside one."""
+    if given := os.environ.get("QKERNELS_COMMIT"):
+        return given
     root = Path(__file__).parent
     try:
         hash_ = git(root, "rev-parse", "--short=12", "HEAD")

@@ -155,6 +155,9 @@ def figures(times: dict[str, list[float]], bars: tuple[Bar, ...]) -> dict[str, A
     rivals = {name: t for name, t in times.items() if name != "ours"}
     median = statistics.median(own)
     medians = {name: statistics.median(t) for name, t in rivals.items()}
+    missing = [bar.rival for bar in bars if bar.rival not in rivals]
+    if missing:
+        raise ValueError(f"race: the rival of a bar must be timed, got none of {missing}")
     return {
         "median_us": micro(median),
         "p20_us": micro(percentile(own, 20)),

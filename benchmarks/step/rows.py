@@ -31,7 +31,7 @@ def with_quantizers(model: nn.Module, make: Callable[[QuantSpec, int], nn.Module
             ours = getattr(layer, name)
             assert isinstance(ours, FakeQuantize)
             channels = layer.weight.shape[0] if ours.spec.per_channel else 1
-            setattr(layer, name, make(ours.spec, channels))
+            setattr(layer, name, make(ours.spec, channels).to(layer.weight.device))
     return model
 
 
