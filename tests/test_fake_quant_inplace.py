@@ -156,6 +156,29 @@ def test_inference_mode(backend: str) -> None:
         assert_same(y.clone(), want)
 
 
+@backend_of
+def test_inference_tensor_outside_of_it(backend: str) -> None:
+    """As torch's own ops: autograd could not notice."""
+    with torch.inference_mode():
+        x = torch.randn(4, 8)
+    before = x.clone()
+    with pytest.raises(ValueError, match="inplace must be False for an inference tensor"):
+        qkernels.fake_quant(x, 0.1, bits=4, inplace=True, backend=backend)
+    with pytest.raises(ValueError, match="inplace must be False for an inference tensor"):
+        qkernels.uniform_noise(x, 0.1, seed=1, step=2, inplace=True, backend=backend)
+    assert_same(x.clone(), before)
+
+
+def test_bad_arguments() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(TypeError, match="grad_scale must be a number"):
+        qkernels.fake_quant(x, 0.1, bits=4, grad_scale="x", inplace=True)
+    least = torch.tensor(-(2**31), dtype=torch.int32)
+    for inplace in (True, False):
+        with pytest.raises(ValueError, match="zero_point must be finite and at most"):
+            qkernels.fake_quant(x, 0.1, least, bits=8, inplace=inplace)
+
+
 def test_compiled() -> None:
     """Under torch.compile the functional op runs and its result is copied."""
 

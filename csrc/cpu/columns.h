@@ -12,7 +12,7 @@ namespace qk::cpu::QK_ISA {
 // order, are the same for any number of threads.
 struct Columns {
   static constexpr int64_t kWide = 256;    // columns of a tile: what is kept for each stays in L1
-  static constexpr int64_t kRows = 1024;   // rows of a tile
+  static constexpr int64_t kRows = 256;    // rows of a tile: several for each thread
   static constexpr int64_t kSumRows = 64;  // rows that are summed in C before they go to double
 
   struct Tile {

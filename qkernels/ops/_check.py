@@ -221,12 +221,13 @@ def check_values(op: str, scale: Tensor, zero_point: Tensor | None) -> None:
         )
     if zero_point is None:
         return
-    far = ~(zero_point.abs() <= numeric.LARGEST_ZERO_POINT)
+    most = numeric.LARGEST_ZERO_POINT  # not abs(): of the least int32 that is negative
+    far = ~((zero_point <= most) & (zero_point >= -most))
     if far.any():
         channel = int(far.reshape(-1).nonzero()[0])
         value = float(zero_point.reshape(-1)[channel])
         raise ValueError(
-            f"{op}: zero_point must be finite and at most {numeric.LARGEST_ZERO_POINT} in size, "
+            f"{op}: zero_point must be finite and at most {most} in size, "
             f"got {value} at channel {channel}"
         )
 

@@ -14,7 +14,7 @@ from qkernels.ops import error_stats as _stats
 from qkernels.ops import noise as _noise
 from qkernels.ops._check import each_call, named
 from qkernels.ops._foreach import Listed
-from qkernels.ops._inplace import ToBeWritten, written
+from qkernels.ops._inplace import ToBeWritten, check_writable, written
 from qkernels.ops._library import check
 from qkernels.ops._noise import check_statistics
 from qkernels.ops.error_stats import ErrorStats
@@ -224,6 +224,8 @@ def _add_in_place(listed: Listed, calls: list[Any], with_grad: bool) -> list[Ten
     if with_grad or not _registry.takes_lists(op, listed.backend, xs[0]):
         with named(op):
             each_call(partial(check_statistics, op), calls)
+    for x in xs:
+        check_writable(op, x)
     watched = [x for x in xs if with_grad and x.requires_grad]
     for x in sorted(watched, key=lambda x: not x.is_leaf):  # leaves, which torch refuses, first
         ToBeWritten.apply(x)

@@ -26,6 +26,14 @@ class ToBeWritten(torch.autograd.Function):
         return grad
 
 
+def check_writable(op: str, x: Tensor) -> None:
+    """Raise where torch's own ops would not write to x either."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: inplace must be False for an inference tensor outside inference mode, got True"
+        )
+
+
 def written(x: Tensor) -> Tensor:
     """x, after a kernel wrote to it: what autograd saved of it before is stale."""
     if not x.is_inference():
@@ -60,7 +68,10 @@ def overwrite(op: str, backend: str, args: tuple[Any, ...]) -> Tensor:
     """Run fake_quant or fake_quant_dynamic (checked arguments less the mask) in place on args[0],
     which `is_writable`."""
     x = args[0]
+    check_writable("fake_quant", x)
     if not (torch.is_grad_enabled() and x.requires_grad):
+        if x.is_cuda and op == "fake_quant":
+            check_values(op, args[1], args[2])  # with QKERNELS_CHECK=1; the CPU's kernel looks
         _registry.run(op, backend, *args, False, True)
         return written(x)
     if op == "fake_quant":

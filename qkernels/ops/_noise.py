@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
-from qkernels.ops._inplace import ToBeWritten, written
+from qkernels.ops._inplace import ToBeWritten, check_writable, written
 from qkernels.ops._library import call, check, define, run_checked, traced
 
 _COUNTER = "SymInt seed, SymInt step, Tensor? seed_at, Tensor? step_at, "
@@ -201,6 +201,8 @@ def add_noise(op: str, backend: str, inplace: bool, x: Tensor, *rest: Any) -> Te
     if traced(x):
         y = call(op, backend, x, *rest)
         return x.copy_(y) if inplace else y
+    if inplace:
+        check_writable(op, x)
     if torch.is_grad_enabled() and x.requires_grad:
         if not inplace:
             return AddNoise.apply(x, op, backend, rest)

@@ -391,5 +391,7 @@ def fake_quant(
     )
     row = _registry.check_backend(backend, "fake_quant: backend") if backend else ""
     if inplace:
+        if grad_scale is not None:
+            grad_factor(args, False, grad_scale)  # checks it, as without a gradient nothing does
         return _overwrite(args, scale is None, row)
     return _run(args, scale is None, grad_scale, row)

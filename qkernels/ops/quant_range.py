@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from qkernels import _registry, numeric
+from qkernels.backends.reference.quant_range import moved_range
 from qkernels.ops import _check
 from qkernels.ops._inplace import written
-from qkernels.ops._library import call, define, run_checked
+from qkernels.ops._library import call, define, traced
 
 
 class QuantRange(NamedTuple):
@@ -60,7 +61,6 @@ def check_qparams(
     qmax: int,
     symmetric: bool,
     running: Tensor | None = None,
-    weight: float = 0.0,
 ) -> None:
     """Raise on arguments that no row could run."""
     if range.dtype not in (torch.float32, torch.float64):
@@ -68,6 +68,20 @@ def check_qparams(
     if range.dim() not in (1, 2) or range.shape[0] != 2:
         raise ValueError(
             f"qparams: range must be of shape [2] or [2, channels], got {tuple(range.shape)}"
+        )
+    if running is None:
+        return
+    if running.dtype is not range.dtype:
+        raise TypeError(f"qparams: running range must be {range.dtype}, got {running.dtype}")
+    if running.shape != range.shape or not running.is_contiguous():
+        raise ValueError(
+            f"qparams: running range must be of shape {tuple(range.shape)} without gaps, as what "
+            f"is observed, got {tuple(running.shape)} with strides {tuple(running.stride())}"
+        )
+    if running.device != range.device:
+        raise ValueError(
+            f"qparams: running range must be on {range.device} like what is observed, "
+            f"got {running.device}"
         )
 
 
@@ -231,14 +245,26 @@ def follow_range(
 
     running = decay * running + (1 - decay) * observed. A running range that is still [0, 0] takes
     the observed one as it is, so that the average has no bias towards 0 at the start; a bound
-    observed as NaN or infinite leaves its own alone. For observers; eager only.
+    observed as NaN or infinite leaves its own alone. For observers.
 
     Args:
-        running: [2] or [2, channels], contiguous; float32 or float64.
+        running: [2] or [2, channels]; float32 or float64.
         observed: of running's shape, on its device.
         bits, symmetric, narrow_range: as in `fake_quant`.
+
+    Raises:
+        ValueError: another shape or device of observed.
     """
     args = qparams_args(observed.to(running.dtype), bits, symmetric, narrow_range)
-    params = run_checked("qparams", "", *args, running, 1.0 - decay)
-    written(running)
-    return QuantRange(*params)
+    seen, qmin, qmax, _ = args
+    dense, weight = running.contiguous(), 1.0 - decay
+    check_qparams(seen, qmin, qmax, symmetric, dense)
+    if traced(observed) or traced(running):
+        running.copy_(moved_range(running, seen, weight))
+        return QuantRange(*call("qparams", "", running, *args[1:]))
+    params = QuantRange(*_registry.run("qparams", "", *args, dense, weight))
+    if dense is running:
+        written(running)
+    else:
+        running.copy_(dense)
+    return params
