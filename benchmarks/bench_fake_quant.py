@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
 from compare import assert_codes, assert_same
 from harness.clocks import read_ledger
-from harness.headline import BYTES, QMAX, QMIN, assert_gradients_agree, assert_parity, inputs
+from harness.headline import BYTES, QMAX, QMIN, assert_parity, inputs
 from harness.parity import assert_gradients, assert_rival
 from harness.peers import Params, fake_quant_peers
 from harness.record import saved_bytes, work_of
@@ -22,7 +21,6 @@ import qkernels
 
 pytestmark = pytest.mark.benchmark(timer=read_ledger)
 
-HAS_INPLACE = "inplace" in inspect.signature(qkernels.fake_quant).parameters
 FORWARD = "read x, write y and a mask: 2 N s + N/8"
 FORWARD_BACKWARD = "forward: x, y, mask; backward: grad, mask, grad_x: 4 N s + N/4"
 
@@ -70,7 +68,7 @@ def bench_forward_backward(benchmark: Any) -> None:
     got = x.grad
     clear()
     step(core(x, scale, zp, 0, QMIN, QMAX))
-    assert_gradients_agree(got, x.grad)
+    assert_gradients(got, x.grad, x.numel(), "torch core", one_in=50_000)
     clear()
     ideal = 4 * BYTES + 2 * BYTES // 32
     race(
@@ -126,14 +124,18 @@ def bench_saved_for_backward(benchmark: Any) -> None:
     benchmark.pedantic(lambda: None, rounds=1)
 
 
-def bars_of(spot: Spot, limit: str, speedup: float, *rivals: str) -> tuple[Bar, ...]:
-    """64 Mi elements on a GPU: 85 % of the copy, faster than the rivals. A contiguous fp32
-    activation on the CPU: `limit` times `speedup`."""
+def gpu_bars(spot: Spot, *rivals: str) -> tuple[Bar, ...]:
+    """64 Mi elements on a GPU: 85 % of the copy, faster than the rivals."""
     if spot.device == "cuda" and spot.point.size == "64Mi":
         return (Bar("copy", 0.85), *(Bar(name, 1) for name in rivals))
+    return ()
+
+
+def bars_of(spot: Spot, limit: str, speedup: float, *rivals: str) -> tuple[Bar, ...]:
+    """gpu_bars; a contiguous fp32 activation on the CPU: `limit` times `speedup`."""
     if spot.device == "cpu" and spot.point.size == "activation" and spot.dtype is F32:
         return (Bar(limit, speedup),)
-    return ()
+    return gpu_bars(spot, *rivals)
 
 
 @pytest.mark.sweep("fake_quant", large=True)
@@ -177,7 +179,6 @@ def checked_peers(spot: Spot, scale: Tensor, zp: Tensor, y: Tensor) -> dict[str,
     return found
 
 
-@pytest.mark.skipif(not HAS_INPLACE, reason="this qkernels.fake_quant has no inplace")
 @pytest.mark.sweep("fake_quant")
 def bench_fake_quant_inplace(benchmark: Any, spot: Spot) -> None:
     x, (scale, zp) = spot.x, spot.params()
@@ -261,6 +262,6 @@ def bench_fake_quant_bwd(benchmark: Any, spot: Spot) -> None:
             "torch core": lambda: core(grad, wide),
             "eager composite": lambda: torch.where(wide, grad, 0.0),
         },
-        bars=bars_of(spot, "clone", 0, "torch core")[: 2 if spot.device == "cuda" else 0],
+        bars=gpu_bars(spot, "torch core"),
         work=spot.work(ideal, "read grad and mask, write grad_x: 2 N s + N/8"),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness.clocks import read_ledger
-from harness.headline import BYTES, QMAX, QMIN, assert_gradients_agree, inputs
+from harness.headline import BYTES, QMAX, QMIN, inputs
 from harness.parity import assert_gradients, assert_learned, assert_sum_gradients
 from harness.record import work_of
 from harness.rivals import (
@@ -52,7 +52,7 @@ def bench_lsq_forward_backward(benchmark: Any) -> None:
     clear()
     theirs()
     for a, leaf in zip(got, leaves, strict=True):
-        assert_gradients_agree(a, leaf.grad)
+        assert_gradients(a, leaf.grad, grad.numel(), "torch core", one_in=50_000)
     race(
         benchmark,
         ours,

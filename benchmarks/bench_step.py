@@ -20,6 +20,7 @@ import pytest
 import torch
 from harness.clocks import read_ledger
 from harness.record import environment
+from harness.sweep import OPTIONS
 from harness.timing import hand_over, micro, percentile
 from step.check import assert_backends_agree, assert_same_codes
 from step.nets import CLASSES, NETS
@@ -44,23 +45,13 @@ class Outcome(NamedTuple):
     first: float  # seconds of the first step, which compiles if anything does
 
 
-def option(config: Any, name: str, default: Any) -> Any:
-    """A command line option, or the default where it is not known."""
-    return config.getoption(name, default=default)
-
-
-def device_of(config: Any) -> str:
-    """The device to measure on: --device, else the GPU if there is one."""
-    given = option(config, "--device", None)
-    return given or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def rows_of(config: Any) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """The contenders of this run."""
+    options = config.stash[OPTIONS]
     rows = dict(ROWS)
-    if device_of(config) == "cuda":
+    if options.device == "cuda":
         rows |= GRAPH_ROWS
-    return rows | FULL_ROWS if option(config, "--full", False) else rows
+    return rows | FULL_ROWS if options.level == "full" else rows
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
@@ -143,10 +134,10 @@ def bench_step(
     reason = why_not(row)
     if reason:
         pytest.skip(reason)
-    config = request.config
-    device = device_of(config)
+    options = request.config.stash[OPTIONS]
+    device = options.device
     if net not in measured:
-        rounds = SHORT_ROUNDS if option(config, "--short", False) else ROUNDS
+        rounds = SHORT_ROUNDS if options.level == "short" else ROUNDS
         measured[net] = measure(net, wanted(request, net), device, rounds)
     got = measured[net]
     benchmark.group = f"{net}, {device}"

@@ -12,7 +12,6 @@ from harness import peers, sweep, table, timing
 import qkernels
 
 THREADS = 2
-OPTIONS = pytest.StashKey[sweep.Options]()
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -48,12 +47,12 @@ def pytest_configure(config: Any) -> None:
             f"benchmarks: --rows must name native, triton or reference, got {sorted(unknown)}"
         )
     level = "full" if get("--full") else "short" if get("--short") else "default"
-    config.stash[OPTIONS] = sweep.Options(device, level, rows, get("--compile"))
+    config.stash[sweep.OPTIONS] = sweep.Options(device, level, rows, get("--compile"))
     timing.set_budget(get("--budget") or {"short": 0.05, "default": 0.1, "full": 0.2}[level])
 
 
 def pytest_report_header(config: Any) -> list[str]:
-    options = config.stash[OPTIONS]
+    options = config.stash[sweep.OPTIONS]
     head = f"benchmarks: {options.level} sweep on {options.device}, {THREADS} CPU threads"
     return [head, *sweep.left_out(options), *peers.absent()]
 
@@ -61,17 +60,17 @@ def pytest_report_header(config: Any) -> list[str]:
 def pytest_generate_tests(metafunc: Any) -> None:
     mark = metafunc.definition.get_closest_marker("sweep")
     if mark is not None:
-        found = sweep.spots(*mark.args, metafunc.config.stash[OPTIONS], **mark.kwargs)
+        found = sweep.spots(*mark.args, metafunc.config.stash[sweep.OPTIONS], **mark.kwargs)
         metafunc.parametrize("spot", found, ids=[s.id for s in found])
     if metafunc.definition.get_closest_marker("lists"):
-        options = metafunc.config.stash[OPTIONS]
+        options = metafunc.config.stash[sweep.OPTIONS]
         dtypes = sweep.list_dtypes(options)
         metafunc.parametrize("row", sweep.rows("fake_quant", options))
         metafunc.parametrize("dtype", dtypes, ids=[str(d).removeprefix("torch.") for d in dtypes])
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    if config.stash[OPTIONS].device != "cpu":
+    if config.stash[sweep.OPTIONS].device != "cpu":
         skip = pytest.mark.skip(reason="a bar of the CPU; --device cpu runs it")
         for item in items:
             if item.get_closest_marker("bar"):
@@ -81,7 +80,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 @pytest.fixture
 def options(request: Any) -> sweep.Options:
     """The command line."""
-    return request.config.stash[OPTIONS]
+    return request.config.stash[sweep.OPTIONS]
 
 
 @pytest.fixture(autouse=True)

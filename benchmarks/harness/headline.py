@@ -27,14 +27,3 @@ def assert_parity(x: Tensor, scale: Tensor, zp: Tensor, theirs: Tensor) -> None:
     column = scale[:, None]
     codes, other = (ours / column).round(), (theirs / column).round()
     assert_codes(other, codes, x / column, most=x.numel() // 10_000)
-
-
-def assert_gradients_agree(ours: Tensor, theirs: Tensor) -> None:
-    """All but a few entries agree: torch rounds x / scale + zero_point and ours x / scale. The sum
-    loses some 2^-17 of a step, so that one element in 100 000 or so, next to a tie, gets another
-    code; each changes its own entry or its channel's sum."""
-    # where nothing is clipped, the gradients of the zero point are all 0
-    error = (ours - theirs).abs() / theirs.abs().max().clamp(min=1e-30)
-    off = int((~(error <= 1e-4)).sum())
-    most = SHAPE[0] * SHAPE[1] // 50_000
-    assert off <= most, f"{off} of {ours.numel()} gradients differ, at most {most} may"

@@ -27,12 +27,16 @@ def assert_rival(ours: Tensor, theirs: Tensor, scale: Tensor, who: str) -> None:
     assert bool((off <= 1.01 * scale + near).all()), f"{who}: a value is off by more than a step"
 
 
-def assert_gradients(ours: Tensor, theirs: Tensor, elements: int, who: str) -> None:
-    """A rival's gradients are ours but next to ties: one element in 10 000 gets another code, and
-    each changes its own entry or its channel's sum."""
+def assert_gradients(
+    ours: Tensor, theirs: Tensor, elements: int, who: str, one_in: int = 10_000
+) -> None:
+    """A rival's gradients are ours but next to ties: torch rounds x / scale + zero_point and ours
+    x / scale. The sum loses some 2^-17 of a step, so that one element in 100 000 or so gets another
+    code; each changes its own entry or its channel's sum. One in `one_in` may."""
     half = 0.02 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    # where nothing is clipped, the gradients of the zero point are all 0
     error = (ours - theirs).abs().float() / theirs.abs().max().float().clamp(min=1e-30)
-    off, most = int((~(error <= half)).sum()), max(1, elements // 10_000)
+    off, most = int((~(error <= half)).sum()), max(1, elements // one_in)
     assert off <= most, f"{who}: {off} of {ours.numel()} gradients differ, at most {most} may"
 
 

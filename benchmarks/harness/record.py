@@ -7,14 +7,13 @@ import importlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Call = Callable[[], Any]
+from .clocks import Call
 
 
 class Work(NamedTuple):

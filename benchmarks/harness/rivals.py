@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Call = Callable[[], Any]
+from .clocks import Call
 
 
 def composite(x: Tensor, scale: Tensor, zp: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from cases import BENCH_CASES, Case
 from torch import Tensor
@@ -28,6 +29,9 @@ class Options(NamedTuple):
     level: str = "default"  # or "short", "full"
     rows: tuple[str, ...] = ()  # empty: all that can run, but the reference
     compiler: str = "some"  # torch.compile: "none", "some", "all"
+
+
+OPTIONS = pytest.StashKey[Options]()  # where pytest's config holds them
 
 
 class Point(NamedTuple):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-# names of what the machine can do and of our own other forms: neither is a rival
-NO_RIVALS = ("copy", "clone", ", a read", "ours")
+from report.read import NO_PEERS
 
 HEAD = ("what", "us", "p20-p80", "GB/s", "of copy", "best rival", "its us", "ours is", "bars")
 
@@ -57,7 +56,7 @@ def best_rival(info: dict[str, Any]) -> tuple[str, float]:
 
 
 def is_rival(name: str) -> bool:
-    return not any(part in name for part in NO_RIVALS)
+    return not any(part in name for part in NO_PEERS)
 
 
 def verdict(rival: str, asked: float, info: dict[str, Any]) -> str:

@@ -224,12 +224,15 @@ def fake_quant_args(
     method: str,
     percentile: float | None,
     clip: str,
+    grad_scale: float | None,
 ) -> tuple[Any, ...]:
     """The schema's arguments less the mask; without a scale, those of fake_quant_dynamic."""
     _check.check_tensor("fake_quant", "x", x)
     qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
     if axis is not None or group_size is not None:
         axis = _check.normal_axis("fake_quant", x, axis, group_size)
+    if grad_scale is not None:
+        _check.check_number("fake_quant", "grad_scale", grad_scale, "a number or None")
     if scale is None:
         if zero_point is not None:
             raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
@@ -265,7 +268,6 @@ def wanted(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[bool, b
 def grad_factor(args: tuple[Any, ...], learned: bool, grad_scale: float | None) -> float:
     """The factor of the gradients of scale and zero point; args are the schema's."""
     if grad_scale is not None:
-        _check.check_number("fake_quant", "grad_scale", grad_scale, "a number or None")
         return grad_scale
     return lsq_grad_scale(args[0], *args[4:7]) if learned else 1.0
 
@@ -275,7 +277,7 @@ def list_plan(
 ) -> tuple[str, Any]:
     """(op, Plan or the arguments of run_dynamic) of one tensor of a list, for the arguments of
     `fake_quant`; raises on those that no row could run."""
-    args = fake_quant_args(x, scale, zero_point, clip=clip, **kw)
+    args = fake_quant_args(x, scale, zero_point, clip=clip, grad_scale=grad_scale, **kw)
     if scale is None:
         check("fake_quant_dynamic", *args, True)
         return "fake_quant_dynamic", args
@@ -293,8 +295,7 @@ def _run(args: tuple[Any, ...], dynamic: bool, grad_scale: float | None, backend
     needs_grad, learned = wanted(x, scale, zero_point)
     factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
     if traced(x):
-        mask = needs_grad and not learned
-        return call("fake_quant", backend, *args, mask, grad_scale=factor)[0]
+        return call("fake_quant", backend, *args, needs_grad and not learned, grad_scale=factor)[0]
     check_rest(x, scale, zero_point, *args[5:])
     if not needs_grad:
         return _registry.run("fake_quant", backend, *args, False)[0]
@@ -302,14 +303,16 @@ def _run(args: tuple[Any, ...], dynamic: bool, grad_scale: float | None, backend
     return FakeQuant.apply(x, scale, zero_point, (args, learned, factor, backend))
 
 
-def _overwrite(args: tuple[Any, ...], dynamic: bool, backend: str) -> Tensor:
+def _overwrite(
+    args: tuple[Any, ...], dynamic: bool, group_size: int | None, backend: str
+) -> Tensor:
     """The same in place; see `fake_quant`."""
     x = args[0]
     if not dynamic and all(wanted(*args[:3])):
         raise ValueError(
             "fake_quant: inplace must be False where scale or zero_point requires grad, got True"
         )
-    if traced(x) or not is_writable(x, args[4 if dynamic else 6]):
+    if traced(x) or not is_writable(x, group_size):
         return x.copy_(_run(args, dynamic, None, backend))
     op = "fake_quant_dynamic" if dynamic else "fake_quant"
     check(op, *args, True)
@@ -388,10 +391,9 @@ def fake_quant(
         method,
         percentile,
         clip,
+        grad_scale,
     )
     row = _registry.check_backend(backend, "fake_quant: backend") if backend else ""
     if inplace:
-        if grad_scale is not None:
-            grad_factor(args, False, grad_scale)  # checks it, as without a gradient nothing does
-        return _overwrite(args, scale is None, row)
+        return _overwrite(args, scale is None, group_size, row)
     return _run(args, scale is None, grad_scale, row)
