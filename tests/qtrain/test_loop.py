@@ -105,7 +105,7 @@ def test_sigkill(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     # the order of sums, and with it the bits, depends on the number of threads
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "qtrain.cli", *arguments, str(killed)]
+    command = [sys.executable, "-m", "qtrain", *arguments, str(killed)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     reached, deadline = 0, time.monotonic() + 100
     while reached < 60:
@@ -129,7 +129,7 @@ def test_two_processes_are_one_run(tmp_path):
     arguments = ["train", "--model", "vit_tiny", "--epochs", "1", "--cpu", "--set", "log_every=5"]
     arguments += ["--set", "model_options.depth=1", "--set", "model_options.width=24"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "qtrain.cli", *arguments, "--out", str(tmp_path / "two")]
+    command = [*launch, "-m", "qtrain", *arguments, "--out", str(tmp_path / "two")]
     subprocess.run(command, check=True, capture_output=True)
     outcome = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "one")])
     assert outcome.exit_code == 0, outcome.output

@@ -1,0 +1,13 @@
+"""The command line: ``qtrain --help``. One file per family of commands; ``app`` and ``options`` are
+what they share."""
+
+# each import adds its commands to the app; this is the order of --help
+from . import train, ptq  # noqa: I001
+from .app import app
+from .options import parse_settings
+
+__all__ = ["app", "main", "parse_settings", "ptq", "train"]
+
+
+def main() -> None:
+    app()
