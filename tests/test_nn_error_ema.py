@@ -102,6 +102,40 @@ def test_a_given_scale_is_used() -> None:
     assert not torch.equal(ema.stats.var, ErrorEMA(ema.spec)(batch(0)).var)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_recorded_statistics_move_it_as_their_tensor_does(
+    spec: QuantSpec, dtype: torch.dtype
+) -> None:
+    ema, other = ErrorEMA(spec), ErrorEMA(spec)
+    for step in range(3):
+        x = batch(step, dtype=dtype)
+        stats = qkernels.error_stats(x, **options(spec))
+        other.record(stats, x.numel() // stats.mean.numel(), step=step)
+        other.record(
+            ErrorStats(*(part * 2 for part in stats)), 1, step=step
+        )  # the step had its own
+        ema.update(x, step=step)
+    for found, expected in zip((*other.at(2), *other.at(3)), (*ema.at(2), *ema.at(3)), strict=True):
+        torch.testing.assert_close(list(found), list(expected), rtol=3e-6, atol=1e-9)
+    assert int(other.updates) == 3 and int(other.last_step) == 2
+
+
+def test_bad_records() -> None:
+    ema = ErrorEMA(QuantSpec(3, axis=0))
+    stats = qkernels.error_stats(batch(0), bits=3, axis=0)
+    with pytest.raises(ValueError, match="ErrorEMA: count must be an int of at least 1, got 0"):
+        ema.record(stats, 0)
+    with pytest.raises(TypeError, match="ErrorEMA: step must be an int or None for record"):
+        ema.record(stats, 8, step=torch.tensor(1))
+    with pytest.raises(ValueError, match="ErrorEMA: step must be in 0"):
+        ema.record(stats, 8, step=-1)
+    ema.record(stats, 8)
+    with pytest.raises(ValueError, match="ErrorEMA: x must have 5 channels as before, got 3"):
+        ema.record(ErrorStats(*(part[:3] for part in stats)), 8)
+    assert int(ema.updates) == 1
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_at_most_one_update_a_step(as_tensor: bool) -> None:
     ema = ErrorEMA(SPECS["channel"])

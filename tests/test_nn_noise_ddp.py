@@ -85,6 +85,11 @@ def work(rank: int, folder: str) -> None:
     found["alone"] = alone(rank_batch(rank, 0), joint_scale())
     own = ErrorEMA(QuantSpec(3))
     found["own range"] = own(rank_batch(rank, 0))
+    recorded = ErrorEMA(QuantSpec(3, axis=1, symmetric=True))
+    x = rank_batch(rank, 0)
+    own_stats = qkernels.error_stats(x, joint_scale(), bits=3, axis=1, symmetric=True)
+    recorded.record(own_stats, x.shape[0])
+    found["recorded"] = recorded.state_dict()
     found["noise"] = train(rank, compiled=False)
     found["compiled"] = train(rank, compiled=True)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -112,6 +117,12 @@ def test_all_ranks_have_the_average_of_the_joint_batch(ranks: list[Any], kind: s
         # one rounding to fp32 of each rank's statistics and of theirs together
         assert_average(ErrorStats(*first["ema"][:4]), seen, 0.9, rtol=3e-6)
         assert int(first["updates"]) == step + 1
+
+
+def test_recorded_statistics_are_joined(ranks: list[Any]) -> None:
+    for found in ranks:
+        first = found["number"][0]
+        assert_same(list(found["recorded"]["ema"]), list(first["ema"]))
 
 
 def test_a_rank_can_keep_to_itself(ranks: list[Any]) -> None:

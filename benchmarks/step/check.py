@@ -13,21 +13,19 @@ from torch.ao.quantization import FakeQuantizeBase
 import qkernels
 from qkernels.nn import FakeQuantize
 
-from .race import Step
 from .rivals import code_range
-from .rows import ROWS
+from .rows import make_step
 
 
-def assert_backends_agree(build: Any, model: nn.Module, x: Tensor, labels: Tensor) -> None:
+def assert_backends_agree(row: str, model: nn.Module, x: Tensor, labels: Tensor) -> None:
     """The row that the table chooses and the reference give the same loss for a step."""
-    ours, reference = (Step(build(model), x, labels) for _ in range(2))
-    got = ours()
+    got = make_step(row, model, x, labels)()
     with qkernels.use_backend("reference"):
-        want = reference()
-    # min-max is exact whatever the order; the sums of LSQ's first scale and on a GPU those of a
-    # convolution may differ in the last bit, and then codes next to a tie do. W4A4 moves this loss
-    # by some 1 % from the float one
-    exact = x.device.type == "cpu" and build is ROWS["ours STE"]
+        want = make_step(row, model, x, labels)()
+    # min-max is exact whatever the order; the sums of LSQ's first scale, of DNQ's statistics and on
+    # a GPU those of a convolution may differ in the last bit, and then codes next to a tie do. W4A4
+    # moves this loss by some 1 % from the float one
+    exact = x.device.type == "cpu" and row == "ours STE"
     tolerance = 0.0 if exact else 1e-3
     assert math.isclose(got, want, rel_tol=tolerance), f"loss {got.item()}, reference {want.item()}"
 

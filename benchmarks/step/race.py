@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,11 +18,23 @@ PEAK_HOW = {
 
 
 class Step:
-    """One model with its own optimizer; a call is one step: forward, loss, backward, SGD."""
+    """One model with its own optimizer; a call is one step: forward, loss, backward, SGD.
 
-    def __init__(self, model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    Args:
+        around: called with the number of the step; what it gives is entered for the time of forward
+            and backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.model = model.train()
-        self.x, self.labels = x, labels
+        self.x, self.labels, self.around = x, labels, around
+        self.number = 0
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def loss(self) -> Tensor:
@@ -30,9 +43,11 @@ class Step:
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss()
-        loss.backward()
+        with self.around(self.number):
+            loss = self.loss()
+            loss.backward()
         self.optimizer.step()
+        self.number += 1
         return loss.detach()
 
 
@@ -109,7 +124,7 @@ def saved_bytes(step: Step) -> int:
             total += storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with step.around(step.number), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         step.loss()
     return total
 

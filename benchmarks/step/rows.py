@@ -11,10 +11,14 @@ import copy
 import importlib.util
 from collections.abc import Callable
 
-from torch import nn
+from qtrain.data import Dataset, TensorSplit
+from qtrain.dnq import Dnq, DnqConfig
+from qtrain.recipe import TrainConfig
+from torch import Tensor, nn
 
 from qkernels.nn import FakeQuantize, QConfig, QuantLayer, QuantSpec, prepare
 
+from .race import Step
 from .rivals import ByHand, TorchCore, torch_ao, torchao
 
 BITS = 4
@@ -40,6 +44,29 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def noisy_step(model: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """A step of DNQ in its last phase: noise on all weights and layer inputs, at full size.
+
+    The batch is data set and calibration set in one.
+    """
+    split = TensorSplit(x, labels)
+    data = Dataset("random", split, split, x.shape[1], x.shape[2], int(labels.max()) + 1)
+    noise = DnqConfig(BITS, BITS, ramp="constant", calibration_images=len(x))
+    recipe = Dnq(noise)
+    recipe.bind(TrainConfig(batch_size=len(x)), data)
+    model = recipe.setup(copy.deepcopy(model)).train()
+    recipe.on_epoch_start(model, 0)
+    return Step(model, x, labels, recipe.perturbation)
+
+
+def make_step(row: str, model: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """The step of a row, on a copy of the model."""
+    if row == DNQ:
+        return noisy_step(model, x, labels)
+    return Step((ROWS | FULL_ROWS | GRAPH_ROWS)[row](model), x, labels)
+
+
+DNQ = "ours DNQ"
 Build = Callable[[nn.Module], nn.Module]
 ROWS: dict[str, Build] = {
     "float": copy.deepcopy,
@@ -66,6 +93,7 @@ BARS = {
     ("ours LSQ", "cpu"): 1.25,
     ("ours STE", "cuda"): 1.10,
     ("ours LSQ", "cuda"): 1.10,
+    (DNQ, "cpu"): 1.15,
 }
 
 

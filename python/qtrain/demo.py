@@ -15,7 +15,8 @@ import torch
 from .data import Dataset, batch_count, load_dataset
 from .loop import TrainResult, train
 from .progress import Track
-from .ptq import ptq_qconfig, run_ptq
+from .ptq import ptq_qconfig
+from .ptq_run import PtqOptions, run_ptq
 from .qat import Qat, qat_qconfig
 from .recipe import Recipe, TrainConfig
 from .report import (
@@ -136,12 +137,9 @@ def _stages(config: DemoConfig, out: Path, cpu: bool, track: Track) -> Iterator[
     for bits in config.ptq_bits:
         name = f"ptq_w{bits}a{bits}"
         track.relabel(f"PTQ {bits_name((bits, bits))}")
-        settings: dict[str, Any] = {
-            "batch_size": config.qat_run.batch_size,
-            "seed": config.qat_run.seed,
-        }
+        how = PtqOptions(batch_size=config.qat_run.batch_size, seed=config.qat_run.seed)
         quantizer = ptq_qconfig("minmax", bits, bits)
-        result = run_ptq(source, quantizer, out / name, data=trained.data, **settings)
+        result = run_ptq(source, quantizer, out / name, how, data=trained.data)
         yield Stage(name, "PTQ", bits, None, result)
         track.advance()
     for bits in config.qat_bits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -42,8 +43,9 @@ def train_step(
 ) -> Tensor:
     """Forward, backward and update; returns the detached loss. Reads nothing back."""
     optimizer.zero_grad()
-    loss = recipe.loss(model, batch, step)
-    backward(loss)
+    with recipe.perturbation(step):
+        loss = recipe.loss(model, batch, step)
+        backward(loss)
     if clip is not None:
         clip()
     optimizer.step()
@@ -124,6 +126,14 @@ def make_accelerator(config: TrainConfig, cpu: bool) -> Accelerator:
     cpu = cpu or (asked > 1 and not torch.cuda.is_available())
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
     have = accelerator.num_processes
+    lonely = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if have == 1 and lonely and "RANK" not in os.environ:
+        # without a GPU it starts one process, whatever --num_processes says, and says nothing
+        print(
+            "warning: accelerate launch started one process; to start several without a GPU, give "
+            "it --multi_gpu too (gloo is used then)",
+            file=sys.stderr,
+        )
     require(have == asked, "processes", f"the {asked} that were launched", have)
     return accelerator
 
@@ -137,6 +147,19 @@ def new_model(config: TrainConfig, data: Dataset) -> nn.Module:
         size=data.size,
         options=config.model_options,
     )
+
+
+def reestimate_batchnorm(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
+    """BatchNorm's statistics anew, over one pass through the training data; equal on all ranks."""
+    batches = train_batches(
+        data.train,
+        config.batch_size,
+        seed=config.seed,
+        epoch=0,
+        stream="swa",
+        workers=config.workers,
+    )
+    update_bn(batches, model)
 
 
 class Loop:
@@ -162,6 +185,7 @@ class Loop:
         self.data = data.to(accelerator.device)
         self.per_epoch = batch_count(data.train, config.batch_size)
         self.total = self.per_epoch * config.epochs
+        recipe.bind(config, self.data)
         # cuDNN's autotuner may choose another algorithm after a restart, and with it other bits
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -201,6 +225,9 @@ class Loop:
         config, accelerator = self.config, self.accelerator
         while self.step < self.total:
             epoch, start = divmod(self.step, self.per_epoch)
+            if start == 0:
+                seed_globals(config.seed, self.step, "epoch")
+                self.recipe.on_epoch_start(self.plain, epoch)
             batches = train_batches(
                 self.data.train,
                 config.batch_size,
@@ -245,6 +272,9 @@ class Loop:
             self._save()
 
     def _evaluate(self, epoch: int) -> None:
+        # a forward in training mode may drop out; the same on all ranks, and after a restart
+        seed_globals(self.config.seed, self.step, "evaluation")
+        self.recipe.before_evaluation(self.plain, self.step)
         if self.accelerator.num_processes > 1:
             # BatchNorm's statistics of the last step are each rank's own: all take the first's
             for buffer in self.plain.buffers():
@@ -286,13 +316,11 @@ class Loop:
 
     def finish(self) -> TrainResult:
         """Write model.safetensors; with SWA that is the average, its BatchNorm re-estimated."""
-        config, model = self.config, self.plain
-        if self.average is not None:
-            model = self.average.module
-            batches = train_batches(
-                self.data.train, config.batch_size, seed=config.seed, epoch=0, stream="swa"
-            )
-            update_bn(batches, model)
+        config, averaged = self.config, self.average is not None
+        model = self.recipe.finish(self.average.module if self.average else self.plain)
+        if averaged:
+            seed_globals(config.seed, self.step, "swa")
+            reestimate_batchnorm(model, self.data, config)
             scores = evaluate(model, self.data.test, accelerator=self.accelerator)
             self.run.append({"step": self.step, "epoch": config.epochs, "swa": True, **scores})
         self.run.save_model(model.state_dict(), self.run.config)

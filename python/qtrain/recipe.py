@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,6 +20,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
+    "bool": (bool, "true or false"),
     "Mapping[str, Any]": (Mapping, "a mapping"),
 }
 
@@ -29,7 +31,8 @@ class TrainConfig:
 
     Attributes:
         lr: peak learning rate; ``warmup`` is the share of steps in which it rises to that.
-        momentum: of SGD; AdamW has its usual betas.
+        momentum, nesterov: of SGD; AdamW has its usual betas.
+        label_smoothing: share of the target that is spread over all classes, in training.
         clip: largest norm of the gradient; None: as it comes.
         eval_every: epochs between evaluations on the test split.
         log_every, checkpoint_every: in steps.
@@ -46,10 +49,12 @@ class TrainConfig:
     optimizer: str = "adamw"
     lr: float = 3e-3
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-2
     warmup: float = 0.05
     schedule: str = "cosine"
     clip: float | None = None
+    label_smoothing: float = 0.0
     mixed_precision: str = "no"
     seed: int = 0
     workers: int = 0
@@ -63,7 +68,7 @@ class TrainConfig:
         for setting in fields(self):
             kinds, rule = _KINDS[str(setting.type)]
             value = getattr(self, setting.name)
-            holds = isinstance(value, kinds) and not isinstance(value, bool)
+            holds = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
             require(holds, setting.name, rule, repr(value))
         for name in ("epochs", "batch_size", "eval_every", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -72,6 +77,9 @@ class TrainConfig:
         require(self.workers >= 0, "workers", "at least 0", self.workers)
         require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
         require(self.clip is None or self.clip > 0, "clip", "positive", self.clip)
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
+        plain = self.optimizer == "sgd" and self.momentum > 0
+        require(plain or not self.nesterov, "nesterov", "false without SGD and momentum", True)
         swa = self.swa_start
         require(swa is None or 0 <= swa < 1, "swa_start", "in [0, 1)", swa)
         for name, known in (
@@ -92,6 +100,16 @@ class Recipe:
     """Float training; a trainer overrides what it changes."""
 
     name = "float"
+    # until a run binds the recipe to its own
+    config = TrainConfig()
+
+    def bind(self, config: TrainConfig, data: Dataset) -> None:
+        """The run's settings and data, before anything else; also on resume.
+
+        Raises:
+            ValueError: they do not go with the recipe. Nothing has been written then.
+        """
+        self.config, self.data = config, data
 
     def describe(self) -> dict[str, Any]:
         """What of the recipe decides the result: JSON-able, becomes part of the run's config."""
@@ -108,12 +126,27 @@ class Recipe:
         """Groups for the optimizer; a group's "lr_factor" multiplies the learning rate."""
         return decay_groups(model.named_parameters(), config.weight_decay)
 
+    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
+        """Before an epoch's first step; not when a run goes on in the middle of the epoch. Here and
+        below ``model`` is the unwrapped one, but for ``loss``."""
+
+    def perturbation(self, step: int) -> AbstractContextManager[Any]:
+        """Around forward and backward; what it changes, it puts back before the optimizer moves."""
+        return nullcontext()
+
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         x, y = batch
-        return F.cross_entropy(model(x), y)
+        return F.cross_entropy(model(x), y, label_smoothing=self.config.label_smoothing)
 
     def on_step_end(self, model: nn.Module, step: int) -> None:
-        """After the optimizer's step; ``model`` is unwrapped."""
+        """After the optimizer's step."""
+
+    def before_evaluation(self, model: nn.Module, step: int) -> None:
+        """Before the model is evaluated in training, after ``step`` steps."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The trained model (with SWA the average) as it is to be saved."""
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers of the recipe's own that a resumed run needs."""
@@ -137,7 +170,9 @@ def decay_groups(
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     groups = [{"lr_factor": 1.0, **group} for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        )
     return torch.optim.AdamW(groups, lr=config.lr)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .rundir import CONFIG, METRICS, read_json, read_metrics, write_atomic
 
@@ -51,40 +53,70 @@ def bits_name(bits: tuple[int, int] | None) -> str:
     return "FP32" if bits is None else f"W{bits[0]}A{bits[1]}"
 
 
-def rich_table(rows: Iterable[Row], title: str) -> Table:
-    table = Table(title=title)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number < 5)
+def rich_grid(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    title: str,
+    *,
+    left: int = 2,
+    narrow: bool = False,
+) -> Table:
+    """A table for the screen; the first ``left`` columns are words, the others numbers. ``narrow``:
+    without lines, and only the first column may be broken. Cells can have several lines."""
+    lines = None if narrow else box.HEAVY_HEAD
+    table = Table(title=title, box=lines, pad_edge=not narrow)
+    for number, column in enumerate(columns):
+        whole = number > 0 and (narrow or number < 5)
+        side: Any = "left" if number < left else "right"
+        fold: Any = "ellipsis" if number else "fold"
+        table.add_column(column, justify=side, no_wrap=whole, overflow=fold)
     for row in rows:
-        table.add_row(*row.cells())
+        table.add_row(*map(Text, row))  # a name in brackets is no markup
     return table
 
 
+def markdown_grid(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 2) -> str:
+    """The same in markdown, each cell on one line."""
+    rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
+    clean = [
+        [cell.replace("\n", " ").replace("|", "\\|") for cell in cells]
+        for cells in (columns, *rows)
+    ]
+    lines = ["| " + " | ".join(cells) + " |" for cells in clean]
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def rich_table(rows: Iterable[Row], title: str) -> Table:
+    return rich_grid(COLUMNS, [row.cells() for row in rows], title)
+
+
 def markdown_table(rows: Iterable[Row]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown_grid(COLUMNS, [row.cells() for row in rows])
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture as PNG, all of it or nothing."""
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=120, format="png")
     part.replace(path)
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
+def figure(
+    columns: int, rows: int = 1, *, width: float = 5.2, height: float = 3.8
+) -> tuple[Any, Any]:
+    """A figure of columns x rows axes of that size each (inches), and the axes."""
     # the object interface needs no display and no global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(canvas)
+    return canvas, canvas.subplots(rows, columns)
 
 
 def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
     """Training loss and test accuracy over steps, a line per run."""
-    figure, (left, right) = _figure(2)
+    canvas, (left, right) = figure(2)
     for number, (name, records) in enumerate(runs.items()):
         colour = PALETTE[number % len(PALETTE)]
         train = [(r["step"], r["loss"]) for r in records if "loss" in r]
@@ -98,22 +130,25 @@ def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     right.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(canvas, path)
 
 
 def plot_accuracy(path: Path, rows: list[Row]) -> None:
     """A bar per method at each bit width; the float model is a line."""
-    figure, axis = _figure(1)
+    canvas, axis = figure(1)
     quantized = [row for row in rows if row.bits is not None]
     widths = list(dict.fromkeys(row.bits for row in quantized))
     methods = list(dict.fromkeys(row.method for row in quantized))
+    room = min(0.26, 0.86 / max(1, len(methods)))
     for number, method in enumerate(methods):
         mine = [row for row in quantized if row.method == method]
-        offset = (number - (len(methods) - 1) / 2) * 0.26
+        offset = (number - (len(methods) - 1) / 2) * room
         places = [widths.index(row.bits) + offset for row in mine]
         heights = [100 * row.accuracy for row in mine]
-        bars = axis.bar(places, heights, 0.24, label=method, color=PALETTE[number + 1])
-        axis.bar_label(bars, fmt="%.1f", fontsize="x-small", padding=-11)
+        colour = PALETTE[1:][number % (len(PALETTE) - 1)]
+        bars = axis.bar(places, heights, 0.92 * room, label=method, color=colour)
+        if len(methods) <= 3:  # narrower bars have no room for a number
+            axis.bar_label(bars, fmt="%.1f", fontsize="x-small", padding=-11)
     for row in rows:
         if row.bits is None:
             height = 100 * row.accuracy
@@ -122,7 +157,7 @@ def plot_accuracy(path: Path, rows: list[Row]) -> None:
     axis.set_xticks(range(len(widths)), [bits_name(bits) for bits in widths])
     axis.set(ylabel="test accuracy, %", ylim=(0, 105), xlim=(-0.5, len(widths) - 0.5))
     axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    _save(figure, path)
+    save_figure(canvas, path)
 
 
 def _layer_bits(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -144,7 +179,13 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: a run without an evaluation yet; a damaged file.
     """
     if (path / RESULTS).exists():
-        return [Row.from_dict(row) for row in read_json(path / RESULTS)["rows"]]
+        results = read_json(path / RESULTS)
+        if "rows" not in results:
+            raise ValueError(
+                f"report: {path} must hold a run with a model, got other results; "
+                f"read {path / REPORT}"
+            )
+        return [Row.from_dict(row) for row in results["rows"]]
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"report: {path} must be a run directory, got no {path / CONFIG}")
     config = read_json(path / CONFIG)

@@ -79,13 +79,21 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix[:-1]} ({old!r} there, {new!r} asked for)"]
 
 
+def _kind(config: Mapping[str, Any]) -> str:
+    """What sort of run a config is of: its recipe's name, or what it describes."""
+    recipe = config.get("recipe")
+    if isinstance(recipe, Mapping):
+        return str(recipe.get("name"))
+    return ", ".join(sorted(key for key in config if key != FORMAT_KEY)) or "nothing"
+
+
 class RunDir:
     """One run's directory, for the run that has this config. Writes nothing before ``create``.
 
     Args:
         path: need not be there.
         config: JSON-able; all that decides the result.
-        overwrite: start afresh if the directory holds a run.
+        overwrite: start afresh if the directory holds a run of this kind.
         writer: False on ranks that only read.
 
     Raises:
@@ -134,6 +142,12 @@ class RunDir:
                 f"run directory: {file} must be written by qtrain, got a file without {FORMAT_KEY}"
             )
         different = config_differences(old, self.config)
+        if _kind(old) != _kind(self.config):
+            # to overwrite a trained model by a report on it can only be a slip
+            raise ValueError(
+                f"run directory: {self.path} must be another one, got one that holds a run of "
+                f"{_kind(old)}, this is one of {_kind(self.config)}"
+            )
         if different and not self.overwrite:
             raise ValueError(
                 f"run directory: {self.path} must hold this run's config, got another: "

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .rundir import MODEL, file_digest, load_model_file
 
+# recipes whose model is float in the end
+FLOAT_RECIPES = ("float", "dnq")
+
 
 @dataclass(frozen=True)
 class FloatSource:
@@ -19,6 +22,7 @@ class FloatSource:
     Attributes:
         digest: names the file in the config of the run that starts from it; its path does not,
             for a run may be moved.
+        label_smoothing: of the loss that it was trained with, as far as the file says.
     """
 
     weights: Mapping[str, Tensor]
@@ -27,6 +31,7 @@ class FloatSource:
     data_options: Mapping[str, Any]
     model: str
     model_options: Mapping[str, Any]
+    label_smoothing: float = 0.0
 
     @classmethod
     def load(
@@ -44,7 +49,7 @@ class FloatSource:
         path = Path(path)
         weights, meta = load_model_file(path)
         recipe = meta.get("recipe", {}).get("name", "float")
-        if recipe != "float":
+        if recipe not in FLOAT_RECIPES:
             raise ValueError(f"checkpoint: {path} must be of a float model, got one of {recipe}")
         known = meta.get("train", {})
         dataset, model = dataset or known.get("dataset"), model or known.get("model")
@@ -60,6 +65,7 @@ class FloatSource:
             data_options=known.get("data_options", {}) if dataset == known.get("dataset") else {},
             model=model,
             model_options=known.get("model_options", {}) if model == known.get("model") else {},
+            label_smoothing=known.get("label_smoothing", 0.0),
         )
 
     def settings(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from qkernels.nn.noise import NoiseHandle, attach_noise, noise_handles
 from qkernels.nn.noise_modules import NoiseSpec
 from qkernels.nn.prepare import float_state_dict, prepare, remove, set_quantization
 from qkernels.nn.qconfig import QConfig, QuantSpec
+from qkernels.nn.rounding import SoftRounding
 
 __all__ = [
     "ErrorEMA",
@@ -26,6 +27,7 @@ __all__ = [
     "QConfig",
     "QuantLayer",
     "QuantSpec",
+    "SoftRounding",
     "attach_noise",
     "calibrate",
     "float_state_dict",

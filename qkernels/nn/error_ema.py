@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qkernels import numeric
-from qkernels.backends.reference.error_stats import move_average
 from qkernels.nn import observe
+from qkernels.nn.error_moves import compiled_moves, move, move_op
 from qkernels.nn.fake_quantize import NARROW
 from qkernels.nn.qconfig import QuantSpec
 from qkernels.ops import _check
@@ -147,6 +146,30 @@ class ErrorEMA(nn.Module):
         if not compiling:
             self._note(step)
 
+    @torch.no_grad()
+    def record(self, stats: ErrorStats, count: int, *, step: int | None = None) -> None:
+        """Move the average by statistics that are known, such as those of a whole calibration set.
+
+        Args:
+            stats: as `qkernels.error_stats` gives them, [] or [channels] each.
+            count: elements per channel that they are of; the weight of this rank among the others.
+            step: as in `update`.
+
+        Raises:
+            TypeError, ValueError: stats of another number of channels or on another device; a count
+                below 1; a step that `update` would not take.
+        """
+        if isinstance(step, Tensor) or _check_step(step):
+            raise TypeError("ErrorEMA: step must be an int or None for record, got a Tensor")
+        if type(count) is not int or count < 1:
+            raise ValueError(f"ErrorEMA: count must be an int of at least 1, got {count!r}")
+        rows = torch.stack([part.reshape(-1) for part in stats])
+        ema, before = self._fit_channels(rows.shape[1], rows)
+        sync = self.sync_ranks and observe.many_ranks()
+        state = (ema, before, self.updates, self.last_step)
+        move(*state, rows.to(ema.dtype), count, _on(rows, step), self.decay, sync, False)
+        self._note(step)
+
     def _fused(self, ema: Tensor, before: Tensor, op: str, args: Any, step: Any) -> None:
         """`move` with the average moved by the kernel that reads x."""
         fresh = step is None or step != self._known_step()
@@ -163,18 +186,20 @@ class ErrorEMA(nn.Module):
     def _note(self, step: int | Tensor | None) -> None:
         """Remember the latest step, where it is a number."""
         known = not isinstance(step, Tensor)
-        self._seen = (_compiled, -1 if step is None else int(step)) if known else None
+        self._seen = (compiled_moves(), -1 if step is None else int(step)) if known else None
 
     def _known_step(self) -> int:
         """last_step as a number; asks the device only after something else than `update` has set
         it: a checkpoint, or compiled code."""
-        if self._seen is None or self._seen[0] != _compiled:
-            self._seen = (_compiled, int(self.last_step))
+        if self._seen is None or self._seen[0] != compiled_moves():
+            self._seen = (compiled_moves(), int(self.last_step))
         return self._seen[1]
 
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(ema, ema_before), made or widened for x if need be."""
-        channels = numeric.channel_count(x.shape, *self._layout(x))
+        return self._fit_channels(numeric.channel_count(x.shape, *self._layout(x)), x)
+
+    def _fit_channels(self, channels: int, x: Tensor) -> tuple[Tensor, Tensor]:
         compute = numeric.compute_dtype(x.dtype)
         if self.ema is None or self.ema_before is None:
             self.ema = torch.zeros(5, channels, dtype=compute, device=x.device)
@@ -297,84 +322,3 @@ def _count(op: str, args: tuple[Any, ...], ema: Tensor) -> tuple[Tensor, int]:
     result = call(op, "", *args)
     stats = result if op == "error_stats" else result[0]
     return stats.reshape(4, -1), x.numel() // channels
-
-
-def joint(stats: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Statistics of the elements of all ranks together, and how many; one collective.
-
-    Args:
-        stats: [4, channels], this rank's mean, var, mean_square and clip_rate.
-        count: its elements per channel.
-    """
-    mean, var, square, clip_rate = stats.double()
-    sums = torch.cat((mean, var + mean * mean, square, clip_rate)) * count
-    sums = torch.cat((sums, sums.new_full((1,), count)))
-    dist.all_reduce(sums)
-    total = sums[-1]
-    mean, second, square, clip_rate = (sums[:-1] / total.clamp_min(1)).reshape(4, -1)
-    var = (second - mean * mean).clamp_min(0)
-    return torch.stack((mean, var, square, clip_rate)).to(stats.dtype), total
-
-
-def move(
-    ema: Tensor,
-    before: Tensor,
-    updates: Tensor,
-    last_step: Tensor,
-    stats: Tensor,
-    count: int,
-    step: Tensor | None,
-    decay: float,
-    sync: bool,
-    again: bool,
-) -> None:
-    """One update of an ErrorEMA's buffers; whether this step had one is decided on the device.
-
-    Args:
-        ema, before, updates, last_step: the buffers, changed.
-        stats: [4, channels], of this rank.
-        count: its elements per channel.
-        sync: whether there are other ranks to agree with.
-        step, again: as in `ErrorEMA.update`.
-    """
-    if observe.recomputing():
-        return
-    total = torch.full((), count, device=ema.device)
-    if sync:
-        stats, total = joint(stats, count)
-    fresh = torch.ones_like(last_step, dtype=torch.bool) if step is None else last_step != step
-    moving = (fresh | again) & (total > 0)
-    moved = ema.clone()
-    move_average(moved, stats, decay)
-    moved = torch.where(moving, moved, ema)
-    began = fresh & moving  # an x without elements begins no step
-    before.copy_(torch.where(began, torch.where(updates == 0, moved, ema), before))
-    ema.copy_(moved)
-    updates.add_(moving)
-    now = torch.full_like(last_step, -1) if step is None else step
-    last_step.copy_(torch.where(moving, now, last_step))
-
-
-# how many updates compiled code has made: what modules remember may be out of date then
-_compiled = 0
-
-
-def _move_compiled(*args: Any) -> None:
-    global _compiled
-    _compiled += 1
-    move(*args)
-
-
-# a compiled graph calls this op, which asks at run time whether a backward runs it again
-move_op = torch.library.custom_op(
-    "qkernels::error_ema_step",
-    _move_compiled,
-    mutates_args=("ema", "before", "updates", "last_step"),
-    schema="(Tensor(a!) ema, Tensor(b!) before, Tensor(c!) updates, Tensor(d!) last_step, "
-    "Tensor stats, SymInt count, Tensor? step, float decay, bool sync, bool again) -> ()",
-)
-
-
-@move_op.register_fake
-def _move_fake(*args: Any) -> None:
-    return None

@@ -8,7 +8,8 @@ from qtrain.data import load_dataset
 from qtrain.demo import DemoConfig
 from qtrain.loop import evaluate, new_model, train
 from qtrain.progress import Track
-from qtrain.ptq import ptq_qconfig, run_ptq
+from qtrain.ptq import ptq_qconfig
+from qtrain.ptq_run import PtqOptions, run_ptq
 from qtrain.qat import Qat, qat_qconfig, scale_parameters
 from qtrain.recipe import Recipe, TrainConfig, make_optimizer
 from qtrain.rundir import METRICS, MODEL, load_model_file, read_metrics
@@ -62,14 +63,15 @@ def test_source_of_others(tmp_path, source):
 def test_ptq_falls_with_the_bits(tmp_path, source, float_run, fold):
     losses = []
     for bits in (8, 4, 2):
-        result = run_ptq(source, ptq_qconfig("minmax", bits, bits), tmp_path / str(bits), fold=fold)
+        qconfig = ptq_qconfig("minmax", bits, bits)
+        result = run_ptq(source, qconfig, tmp_path / str(bits), PtqOptions(fold=fold))
         losses.append(result.test_loss)
     assert abs(losses[0] - float_run.test_loss) < 0.02
     assert losses[0] < losses[1] < losses[2]
     assert losses[2] > 5 * float_run.test_loss
     (record,) = read_metrics(tmp_path / "2" / METRICS)
     assert record["float_accuracy"] == float_run.test_accuracy
-    again = run_ptq(source, ptq_qconfig("minmax", 2, 2), tmp_path / "2", fold=fold)
+    again = run_ptq(source, ptq_qconfig("minmax", 2, 2), tmp_path / "2", PtqOptions(fold=fold))
     assert again.test_loss == losses[2] and len(read_metrics(tmp_path / "2" / METRICS)) == 1
 
 

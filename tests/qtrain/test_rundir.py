@@ -63,6 +63,15 @@ def test_overwrite_replaces_a_run_only(tmp_path):
     assert (strange / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_run_of_another_kind_is_not_overwritten(tmp_path):
+    """A report on a model that is written into the model's own directory would delete it."""
+    opened(tmp_path, train={"lr": 0.1}, recipe={"name": "float"})
+    for other in ({"flatness": {}}, {"train": {"lr": 0.1}, "recipe": {"name": "ptq"}}):
+        with pytest.raises(ValueError, match=r"must be another one, got one that holds .* float"):
+            RunDir(tmp_path, other, overwrite=True)
+    RunDir(tmp_path, {"train": {"lr": 0.2}, "recipe": {"name": "float"}}, overwrite=True)
+
+
 def test_killed_while_the_config_was_written(tmp_path):
     (tmp_path / f"{CONFIG}.part").write_bytes(b'{"lr": 0')
     assert json.loads((opened(tmp_path).path / CONFIG).read_text())["lr"] == 0.1

@@ -70,6 +70,23 @@ def parse_settings(items: list[str]) -> dict[str, Any]:
     return settings
 
 
+def whole_numbers(name: str, text: str, least: int, most: int) -> tuple[int, ...]:
+    """``"8,4,2"`` as numbers.
+
+    Raises:
+        ValueError: no list of whole numbers from ``least`` to ``most``, without repetition.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    numbers = tuple(int(part) for part in parts if part.isdecimal())
+    sound = len(numbers) == len(parts) == len(set(numbers))
+    if not sound or not all(least <= n <= most for n in numbers):
+        raise ValueError(
+            f"--{name}: it must be whole numbers from {least} to {most} with commas between, "
+            f"each once, got {text!r}"
+        )
+    return numbers
+
+
 def finish(out: Path) -> None:
     from accelerate import PartialState
 
