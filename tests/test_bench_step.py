@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from step.nets import NETS
-from step.rows import FULL_ROWS, ROWS, why_not
+import torch
+from step.check import assert_backends_agree
+from step.nets import NETS, ResNet18
+from step.rows import DNQ, FULL_ROWS, ROWS, make_step, why_not
 
 BUILDS = {r: build for r, build in (ROWS | FULL_ROWS).items() if why_not(r) is None}
 
@@ -16,3 +18,20 @@ def test_all_state_is_on_the_device_of_the_net(net: str, row: str) -> None:
     model = BUILDS[row](NETS[net]().to("meta"))
     state = dict([*model.named_parameters(), *model.named_buffers()])
     assert state and [name for name, t in state.items() if t.device.type != "meta"] == []
+
+
+def test_the_step_of_dnq_runs_under_noise() -> None:
+    """Its loss is not the float step's, differs from step to step, and equals the reference's."""
+    torch.manual_seed(0)
+    model, x = ResNet18(width=4), torch.randn(4, 3, 32, 32)
+    labels = torch.arange(4)
+    assert_backends_agree(DNQ, model, x, labels)
+    plain, noisy = make_step("float", model, x, labels), make_step(DNQ, model, x, labels)
+    float_loss, first, again = plain(), noisy(), make_step(DNQ, model, x, labels)()
+    assert torch.equal(first, again) and not torch.equal(first, float_loss)
+    assert noisy.number == 1
+    with noisy.around(1):
+        second = noisy.loss()
+    with noisy.around(2):
+        third = noisy.loss()
+    assert not torch.equal(second, third)

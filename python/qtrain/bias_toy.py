@@ -35,7 +35,6 @@ u_{t+1} = a u_t - lr h delta_t, so u drifts to -mu, and v = u + delta stays with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,17 @@ from torch import Tensor
 import qkernels
 
 from .progress import Track
-from .report import PALETTE, REPORT, RESULTS, figure, save_figure
-from .rundir import RunDir, read_json, to_json, write_atomic
+from .report import (
+    PALETTE,
+    REPORT,
+    RESULTS,
+    figure,
+    markdown_grid,
+    reading_results,
+    rich_grid,
+    save_figure,
+)
+from .rundir import RunDir, to_json, write_atomic
 from .seeds import generator, stream_seed
 
 MODES = ("temporary", "permanent")
@@ -57,6 +65,8 @@ PICTURE = "bias_toy.png"
 COLUMNS = ("mode", "noise", "bias / mu", "theory", "rms distance", "theory")
 # what is left of the start when the late steps begin: exp(-18), 1.5e-8
 SETTLED = 18.0
+# elements of w with a dense H, which is a matrix of its square
+MOST_DENSE = 4096
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class ToyConfig:
     """The problem and how it is solved.
 
     Attributes:
-        channels, width: w has ``channels`` rows of ``width`` elements; mu and sigma are per row.
+        channels, width: w has ``channels`` rows of ``width`` elements (``MOST_DENSE`` in all, if H
+            is dense); mu and sigma are per row.
         hessian: "dense" (a random basis) or "diagonal"; eigenvalues in [least, greatest], evenly in
             the logarithm.
         mean, std: size of mu (its sign is random) and of sigma; each times a factor of 0.5 .. 1.5.
@@ -94,6 +105,9 @@ class ToyConfig:
             require(getattr(self, name) >= 1, name, "at least 1")
         require(self.replicas >= 2, "replicas", "at least 2 (they give the standard errors)")
         require(self.hessian in ("dense", "diagonal"), "hessian", "dense or diagonal")
+        dense = self.hessian == "dense"
+        rule = f"at most {MOST_DENSE // self.width} with a dense hessian and width {self.width}"
+        require(not dense or self.channels * self.width <= MOST_DENSE, "channels", rule)
         require(self.least > 0, "least", "positive")
         require(self.least <= self.greatest, "greatest", f"at least {self.least}")
         limit = 2 / self.greatest
@@ -101,8 +115,9 @@ class ToyConfig:
         for name in ("mean", "std"):
             require(0 < getattr(self, name) < math.inf, name, "positive")
         slowest = max(abs(1 - self.lr * self.least), abs(1 - self.lr * self.greatest))
-        needed = 1 if slowest == 0 else math.ceil(SETTLED / -math.log(slowest)) + self.late
-        require(self.steps >= needed, "steps", f"at least {needed}, for the start to be forgotten")
+        before = 1 if slowest == 0 else math.ceil(SETTLED / -math.log(slowest))
+        rule = f"at least {before + self.late}: {before} to forget the start, {self.late} late ones"
+        require(self.steps >= before + self.late, "steps", rule)
 
 
 @dataclass(frozen=True)
@@ -218,14 +233,17 @@ class ToyRow:
 
     def cells(self) -> tuple[str, ...]:
         """What stands in the table, in the order of ``COLUMNS``."""
-        return (
-            self.mode,
-            self.noise,
-            f"{self.bias:+.4f} ± {self.bias_error:.1g}",
-            f"{self.bias_expected:+.4f}",
-            f"{self.distance:.4f} ± {self.distance_error:.1g}",
-            f"{self.distance_expected:.4f}",
-        )
+        bias = _measured(self.bias, self.bias_error, self.bias_expected, "+")
+        distance = _measured(self.distance, self.distance_error, self.distance_expected)
+        return (self.mode, self.noise, *bias, *distance)
+
+
+def _measured(value: float, error: float, expected: float, sign: str = "") -> tuple[str, str]:
+    """(value ± error, expected), with as many decimals as the error's first digit has."""
+    first = float(f"{error:.0e}")
+    decimals = 4 if first == 0 else max(0, -math.floor(math.log10(first)))
+    form = f"{sign}.{decimals}f"
+    return f"{value:{form}} ± {first:.{decimals}f}", f"{expected:{form}}"
 
 
 def descend(
@@ -259,38 +277,30 @@ def descend(
         w = (w if mode == "temporary" else noisy) - config.lr * gradient
         if track is not None:
             track.advance()
-    return _row(
-        problem, config, kind, mode, total @ unit / config.late, square / config.late, curve
-    )
+    bias = total @ unit / config.late
+    figures = _figures(problem, config, kind, mode, bias, square / config.late)
+    return ToyRow(mode=mode, noise=kind, curve=curve, **figures)
 
 
-def _row(
-    problem: Problem,
-    config: ToyConfig,
-    kind: str,
-    mode: str,
-    bias: Tensor,
-    square: Tensor,
-    curve: list[tuple[int, float, float]],
-) -> ToyRow:
-    """``bias`` and ``square`` [replicas]: along mu in units of mu, and mean (w - w*)^2."""
+def _figures(
+    problem: Problem, config: ToyConfig, kind: str, mode: str, bias: Tensor, square: Tensor
+) -> dict[str, Any]:
+    """Those of `ToyRow`. ``bias`` and ``square`` [replicas]: along mu in units of mu, and mean
+    (w - w*)^2."""
     mu = problem.per_element(problem.mean)
     mean = expected_mean(problem, config.lr, kind, mode)
     variance = expected_variance(problem, config.lr, kind, mode)
     distance = square.mean().sqrt()
     root = math.sqrt(config.replicas)
-    return ToyRow(
-        mode=mode,
-        noise=kind,
-        bias=bias.mean().item(),
-        bias_error=bias.std().item() / root,
-        bias_expected=(mean @ mu / (mu @ mu)).item(),
-        distance=distance.item(),
+    return {
+        "bias": bias.mean().item(),
+        "bias_error": bias.std().item() / root,
+        "bias_expected": (mean @ mu / (mu @ mu)).item(),
+        "distance": distance.item(),
         # d sqrt(s) = ds / (2 sqrt(s))
-        distance_error=(square.std() / (2 * root * distance)).item(),
-        distance_expected=(mean.square() + variance).mean().sqrt().item(),
-        curve=curve,
-    )
+        "distance_error": (square.std() / (2 * root * distance)).item(),
+        "distance_expected": (mean.square() + variance).mean().sqrt().item(),
+    }
 
 
 def bias_toy(config: ToyConfig, *, quiet: bool = False) -> list[ToyRow]:
@@ -310,12 +320,12 @@ def run_bias_toy(config: ToyConfig, out: str | Path, *, overwrite: bool = False)
     back.
 
     Raises:
-        ValueError: ``out`` holds another config.
+        ValueError: ``out`` holds another config, or results that are damaged.
     """
     described = {"recipe": {"name": "bias-toy"}, "toy": asdict(config)}
     run = RunDir(out, described, overwrite=overwrite)
     if run.file(RESULTS).exists() and not overwrite:
-        rows = [_from_dict(row) for row in read_json(run.file(RESULTS))["noises"]]
+        rows = read_results(run.file(RESULTS))
     else:
         rows = bias_toy(config)
         run.create()
@@ -325,17 +335,18 @@ def run_bias_toy(config: ToyConfig, out: str | Path, *, overwrite: bool = False)
     return rows
 
 
-def _from_dict(value: Mapping[str, Any]) -> ToyRow:
-    return ToyRow(**{**value, "curve": [tuple(point) for point in value["curve"]]})
+def read_results(path: Path) -> list[ToyRow]:
+    """Raises: ValueError naming the file if it does not hold such results."""
+    with reading_results("bias-toy", path) as results:
+        return [
+            ToyRow(**{**row, "curve": [tuple(point) for point in row["curve"]]})
+            for row in results["noises"]
+        ]
 
 
 def rich_table(rows: list[ToyRow]) -> Table:
-    table = Table(title="noise in training, and where it ends", box=None, pad_edge=False)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.cells())
-    return table
+    title = "noise in training, and where it ends"
+    return rich_grid(COLUMNS, [row.cells() for row in rows], title, narrow=True)
 
 
 def plot(path: Path, rows: list[ToyRow]) -> None:
@@ -361,13 +372,9 @@ def plot(path: Path, rows: list[ToyRow]) -> None:
 
 
 def report_text(config: ToyConfig, rows: list[ToyRow]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    table = "\n".join(lines)
     return f"""# Noise in training, and where it ends: a quadratic with a known optimum
 
-{table}
-
+{markdown_grid(COLUMNS, [row.cells() for row in rows])}
 - f(w) = 1/2 (w - w*)^T H (w - w*), {config.channels} channels of {config.width} elements, H
   {config.hessian} with eigenvalues {config.least:g} .. {config.greatest:g}; gradient descent, rate
   {config.lr:g}, {config.steps} steps. Noise of mean mu (about {config.mean:g}, signs differ) and

@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from glob import escape
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from qkernels.nn import ErrorEMA, NoiseHandle, NoiseSpec, QConfig, QuantSpec, at
 from .data import Dataset, batch_count
 from .loop import reestimate_batchnorm
 from .ptq import calibration_images, ptq_qconfig
-from .recipe import Recipe, TrainConfig
+from .recipe import Recipe, TrainConfig, require
 from .simulate import discrete_noise, input_errors, quant_layers, weight_errors, without_noise
 
 WEIGHT_NOISES = ("differential", "iid", "naive", "discrete", "none")
@@ -82,14 +84,22 @@ class DnqConfig:
         ):
             value = getattr(self, name)
             _require(value in known, name, f"one of {', '.join(known)}", repr(value))
-        for name, least in (("warmup_epochs", 0), ("ramp_epochs", 0), ("calibration_images", 1)):
+        # two: BatchNorm has no statistics of one image
+        for name, least in (("warmup_epochs", 0), ("ramp_epochs", 0), ("calibration_images", 2)):
             value = getattr(self, name)
             rule = f"a whole number of at least {least}"
             _require(type(value) is int and value >= least, name, rule, repr(value))
-        _require(0 <= self.p <= 1, "p", "in [0, 1]", self.p)
-        _require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
-        additive = self.weight_noise in ("differential", "iid", "naive")
-        _require(additive or not self.permanent, "permanent", "false without Gaussian noise", True)
+        for name in ("weight_bits", "activation_bits"):
+            value = getattr(self, name)
+            _require(type(value) is int, name, "a whole number", repr(value))
+        for name, rule in (("p", "in [0, 1]"), ("decay", "in [0, 1)")):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            inside = number and 0 <= value <= 1 and (name == "p" or value < 1)
+            _require(inside, name, rule, repr(value))
+        gaussian = self.weight_noise in ("differential", "iid", "naive")
+        rule = "true or false" if gaussian else "false without Gaussian noise of weights"
+        _require(self.permanent in (gaussian, False), "permanent", rule, repr(self.permanent))
         self.qconfig()
 
     @property
@@ -119,9 +129,7 @@ class DnqConfig:
         return share if self.ramp == "linear" else 0.5 * (1 - math.cos(math.pi * share))
 
 
-def _require(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"dnq: {name} must be {rule}, got {value}")
+_require = partial(require, op="dnq")
 
 
 @dataclass
@@ -160,8 +168,9 @@ class Dnq(Recipe):
         self.per_epoch = 1
         self.weights: list[_Weight] = []
         self.handles: list[NoiseHandle] = []
-        # what discrete noise draws from
+        # what discrete noise draws from: at a step, and at the step before an epoch's first one
         self.errors: list[Tensor] = []
+        self.errors_before: list[Tensor] = []
         self._stats: tuple[Any, Any] = (None, None)
 
     def describe(self) -> dict[str, Any]:
@@ -169,6 +178,7 @@ class Dnq(Recipe):
 
     def bind(self, config: TrainConfig, data: Dataset) -> None:
         super().bind(config, data)
+        self.weights, self.handles = [], []
         self.per_epoch = batch_count(data.train, config.batch_size)
         dnq, epochs = self.dnq, config.epochs
         end = dnq.warmup_epochs + dnq.ramp_epochs
@@ -183,10 +193,10 @@ class Dnq(Recipe):
 
     def setup(self, model: nn.Module) -> nn.Module:
         dnq = self.dnq
-        layers = quant_layers(prepare(model, dnq.qconfig()))
+        quantized = quant_layers(prepare(model, dnq.qconfig()))
         inputs: defaultdict[QuantSpec, list[str]] = defaultdict(list)
         seen: set[int] = set()  # a tied weight has its noise once, under its first name
-        for name, layer in layers.items():
+        for name, layer in quantized.items():
             weight: Any = model.get_submodule(name).weight
             if id(weight) not in seen:
                 seen.add(id(weight))
@@ -197,7 +207,9 @@ class Dnq(Recipe):
         if dnq.activation_noise == "drop_in":
             for spec, names in inputs.items():
                 what = NoiseSpec("drop_in", spec, p=dnq.p, decay=dnq.decay)
-                handle = attach_noise(model, noise=self.noise, activations=what, layers=names)
+                # names, where attach_noise takes patterns
+                layers = [escape(name) for name in names]
+                handle = attach_noise(model, noise=self.noise, activations=what, layers=layers)
                 handle.enabled, handle.frozen = False, True
                 self.handles.append(handle)
         return model
@@ -210,7 +222,9 @@ class Dnq(Recipe):
         for weight in self.weights:
             weight.recorder.update(weight.parameter, step=step)
         if self.dnq.weight_noise == "discrete":
+            before = self.errors
             self.errors = [weight_errors(w.parameter, w.recorder.spec) for w in self.weights]
+            self.errors_before = before or self.errors
         if self.handles:
             seen = input_errors(model, self.dnq.qconfig(), self.batches)
             for name, (stats, count) in seen.items():
@@ -254,7 +268,9 @@ class Dnq(Recipe):
         if kind == "none":
             return values
         if kind == "discrete":
-            return discrete_noise(values, self.errors, axes, seeds, step, ramp)
+            # what was added at the step before is what is taken away
+            latest = self.errors_before if step % self.per_epoch == 0 else self.errors
+            return discrete_noise(values, self.errors, latest, axes, seeds, step, ramp)
         now, before = self._statistics(step)
         where: dict[str, Any] = {"axis": axes, "seed": seeds, "ramp": ramp, "inplace": inplace}
         if kind == "naive":
@@ -284,11 +300,17 @@ class Dnq(Recipe):
 
     def state_dict(self) -> dict[str, Any]:
         recorders = {w.name: w.recorder.state_dict() for w in self.weights}
-        return {"wqer": recorders, "errors": self.errors}
+        state: dict[str, Any] = {"wqer": recorders}
+        if self.dnq.weight_noise == "discrete":
+            state["errors"] = [self.errors, self.errors_before]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for weight in self.weights:
             weight.recorder.load_state_dict(state["wqer"][weight.name])
             weight.recorder.to(weight.parameter.device)
         device = self.weights[0].parameter.device
-        self.errors = [error.to(device) for error in state["errors"]]
+        if self.dnq.weight_noise == "discrete":
+            self.errors, self.errors_before = (
+                [error.to(device) for error in errors] for errors in state["errors"]
+            )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import nn
+
+from qkernels.nn import fold_batchnorm
 
 from .adaround import AdaRound
+from .data import Dataset
 from .dnq import Dnq, DnqConfig
 from .loop import TrainResult, train
 from .progress import Track
-from .ptq import calibration_images, sweep
-from .recipe import TrainConfig
+from .ptq import calibration_images, ptq_qconfig, sweep
+from .recipe import TrainConfig, require
 from .report import (
     ACCURACY,
     CURVES,
@@ -68,8 +74,9 @@ def settings_for(preset: str, **changed: Any) -> TrainConfig:
     """The settings of a preset: a dataset's name, or "paper".
 
     Args:
-        changed: fields of ``TrainConfig`` that differ from the preset. Another model starts without
-            the preset's options for its own.
+        changed: fields of ``TrainConfig`` that differ from the preset; of model_options and
+            data_options the entries that differ. Another model or dataset starts without the
+            preset's options for its own.
 
     Raises:
         ValueError: no such preset; a bad setting.
@@ -79,10 +86,16 @@ def settings_for(preset: str, **changed: Any) -> TrainConfig:
             f"dnq: preset or dataset must be one of {', '.join(PRESETS)}, got {preset!r}"
         )
     settings = {**SHARED, "dataset": preset, **PRESETS[preset]}
-    for name in ("model", "dataset"):
-        if changed.get(name, settings[name]) != settings[name]:
-            settings.pop(f"{name}_options".replace("dataset_", "data_"), None)
-    return TrainConfig(**{**settings, **changed})
+    for name, options in (("model", "model_options"), ("dataset", "data_options")):
+        same = changed.get(name, settings[name]) == settings[name]
+        given = changed.get(options, {})
+        if same and isinstance(given, Mapping):
+            changed[options] = {**settings.get(options, {}), **given}
+    return TrainConfig(**{**_without_options(settings), **changed})
+
+
+def _without_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if not k.endswith("_options")}
 
 
 def phases(epochs: int, **changed: Any) -> dict[str, Any]:
@@ -98,6 +111,9 @@ class PtqPlan:
     Attributes:
         images: of the calibration set.
         adaround: None: no AdaRound.
+
+    Raises:
+        ValueError: nothing to do, or a quantization that there is not.
     """
 
     bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -108,6 +124,22 @@ class PtqPlan:
     first_last_bits: int | None = 8
     adaround: AdaRound | None = field(default_factory=AdaRound)
 
+    def __post_init__(self) -> None:
+        for name in ("bits", "methods", "folds"):
+            require(bool(getattr(self, name)), name, "at least one", "none", "ptq")
+        require(self.images >= 1, "images", "at least 1", self.images, "ptq")
+        for bits, method in product(self.bits, self.methods):
+            percentile = self.percentile if method == "percentile" else None
+            fallback = self.first_last_bits
+            ptq_qconfig(method, bits, bits, percentile=percentile, first_last_bits=fallback)
+
+    def check(self, model: nn.Module, data: Dataset) -> None:
+        """Raise a ValueError if a model or its data cannot be quantized in this way."""
+        rule = f"at most the {len(data.train)} training examples"
+        require(self.images <= len(data.train), "images", rule, self.images, "calibration")
+        if True in self.folds:
+            fold_batchnorm(model)
+
     def count(self) -> int:
         """How many models it makes."""
         each = len(self.methods) * len(self.folds) + (self.adaround is not None)
@@ -115,7 +147,19 @@ class PtqPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in results.json."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return json.loads(to_json(asdict(self)))
+
+
+class Planned(Dnq):
+    """DNQ for a model that is known to be quantizable before it is trained."""
+
+    def __init__(self, dnq: DnqConfig, plan: PtqPlan) -> None:
+        super().__init__(dnq)
+        self.plan = plan
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        self.plan.check(model, self.data)
+        return super().setup(model)
 
 
 def run_dnq(
@@ -144,7 +188,7 @@ def run_dnq(
     plan = plan or PtqPlan()
     out = Path(out)
     silent = Track(0, "", quiet=True) if quiet else None
-    result = train(config, Dnq(dnq), out, overwrite=overwrite, cpu=cpu, track=silent)
+    result = train(config, Planned(dnq, plan), out, overwrite=overwrite, cpu=cpu, track=silent)
     if not PartialState().is_main_process:
         return []
     done = read_json(out / RESULTS) if (out / RESULTS).exists() else {}
@@ -173,6 +217,7 @@ def quantize_all(
             percentile=plan.percentile,
             adaround=plan.adaround,
             first_last_bits=plan.first_last_bits,
+            seed=config.seed,
             track=track,
         )
 
@@ -191,15 +236,17 @@ def _report_text(
     described: Mapping[str, Any], rows: list[Row], plan: PtqPlan, pictures: int
 ) -> str:
     run, dnq = described["train"], described["recipe"]
-    noise = f"W{dnq['weight_bits']}A{dnq['activation_bits']}: {dnq['weight_noise']} on weights, "
-    noise += f"{dnq['activation_noise']} on activations"
+    noise = f"with noise of W{dnq['weight_bits']}A{dnq['activation_bits']}: "
+    noise += f"{dnq['weight_noise']} on weights, {dnq['activation_noise']} on activations"
+    if not DnqConfig(**{k: v for k, v in dnq.items() if k != "name"}).noisy:
+        noise = "without noise"
     swa = "no SWA" if run["swa_start"] is None else f"SWA from {100 * run['swa_start']:g} %"
     return f"""# qtrain dnq: {run["model"]} on {run["dataset"]}
 
 {markdown_table(rows)}
-- Trained in float, {run["epochs"]} epochs, seed {run["seed"]}, with noise of {noise}.
+- Trained in float, {run["epochs"]} epochs, seed {run["seed"]}, {noise}.
   {dnq["warmup_epochs"]} epochs warm-up, {dnq["ramp"]} ramp over {dnq["ramp_epochs"]}; {swa}.
-  The last weights, none chosen by test score.
+  Nothing was chosen by test score.
 - WnAm: weights of n bits (symmetric, per channel), layer inputs of m bits (affine, per tensor).
   First and last layer: {plan.first_last_bits or "same"} bits. Calibrated on {plan.images} training
   images. "unfolded": BatchNorm is not folded first.

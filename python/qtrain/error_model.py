@@ -11,12 +11,12 @@ uniform over one quantization step. Here the model is quantized after training, 
 
 are held against both laws by the Kolmogorov-Smirnov distance sup |F_sample - F|. It is a distance
 and no test: with this many errors any law is refused. Uniform errors have 0.0572 from the fitted
-Gaussian, a sample of n from a Gaussian itself about 0.63 / sqrt(n).
+Gaussian. The noise floor is what a sample of n from the law itself has: about 0.63 / sqrt(n) where
+mean and std are fitted, 0.87 / sqrt(n) from the uniform law.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 import qkernels
-from qkernels.nn import QConfig, QuantLayer, QuantSpec
+from qkernels.nn import QConfig, QuantSpec
 
 from .progress import Track
 from .ptq import ptq_qconfig, quantize_after_training
 from .seeds import stream_seed
+from .simulate import quant_layers
 
 SAMPLES = 1 << 16
 BINS = 60
@@ -51,12 +52,16 @@ class Errors:
         kurtosis: excess kurtosis (0 for a Gaussian, -1.2 for uniform errors).
         gauss: Kolmogorov-Smirnov distance from the Gaussian of this mean and std.
         gauss_channels: the same for weights, each error standardized by the mean and std of its
-            channel, from N(0, 1): the model of DNQ.
+            channel, from N(0, 1): the model of DNQ. Channels of no variance are left out. Channels
+            of n < 25 elements are slightly non-Gaussian by this alone, for their own mean and std
+            are fitted (no error of n is farther than sqrt(n - 1) from the mean).
         uniform: distance of e / scale from the uniform law on [-1/2, 1/2].
         gauss_rest, uniform_rest: the same two, of the errors that are not exactly 0 alone: half of
             what a ReLU gives is, and has no error.
         sqnr: signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum e^2), in dB.
-        histogram: counts in ``BINS`` equal bins from least to greatest; empty if these are equal.
+        histogram: counts of the standardized errors (weights: per channel) in ``BINS`` equal bins;
+            empty if there are none or all are equal.
+        span: [first, last] edge of the bins; empty with it.
 
     None stands where there is no such figure: no errors, errors that are all equal, activations
     (gauss_channels).
@@ -80,6 +85,7 @@ class Errors:
     uniform_rest: float | None
     sqnr: float | None
     histogram: list[int]
+    span: list[float]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class LayerErrors:
 
     @property
     def ratio(self) -> float | None:
-        """mean |AQE| / mean |WQE|; None without one of the two."""
+        """mean |AQE| / mean |WQE|; None without one of the two. They have different units: it
+        changes when layers are rescaled or BatchNorm is folded, and the SQNRs do not."""
         if self.activation is None or self.weight.mean_abs == 0:
             return None
         return self.activation.mean_abs / self.weight.mean_abs
@@ -111,7 +118,7 @@ def error_model(
     batches: Iterable[Any],
     *,
     bits: Sequence[int] = (8, 4, 2),
-    first_last_bits: int | None = None,
+    first_last_bits: int | None = 8,
     method: str = "minmax",
     percentile: float | None = None,
     fold: bool = True,
@@ -148,8 +155,6 @@ def error_model(
         raise ValueError(f"error-model: samples must be an int of at least 2, got {samples!r}")
     configs = error_qconfigs(bits, method, percentile, first_last_bits)
     batches = list(batches)
-    # the caller's model keeps its training mode
-    model = copy.deepcopy(model).eval()
     found: list[LayerErrors] = []
     ours = Track(work(batches, bits), "error model")
     with ours if track is None else nullcontext(track) as bar:
@@ -181,7 +186,7 @@ def error_qconfigs(
 def _at_one_width(
     model: nn.Module, batches: Sequence[Any], bits: int, samples: int, seed: int, bar: Track
 ) -> list[LayerErrors]:
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
+    layers = quant_layers(model)
     inputs = {}
     for name, layer in layers.items():
         # the stream does not know the width: the same elements at all of them
@@ -193,9 +198,9 @@ def _at_one_width(
         bar.advance()
     found = []
     for name, layer in layers.items():
-        weight = weight_errors(layer, samples, _rng(seed, name, "weight"))
+        weight = summarize_weight(layer, samples, _rng(seed, name, "weight"))
         seen = inputs[name]
-        activation = activation_errors(layer, seen) if seen.count else None
+        activation = summarize_inputs(layer, seen) if seen.count else None
         found.append(LayerErrors(name, bits, weight, activation))
     return found
 
@@ -249,7 +254,7 @@ class Reservoir:
         self.count = total
 
 
-def weight_errors(layer: Any, samples: int, rng: np.random.Generator) -> Errors:
+def summarize_weight(layer: Any, samples: int, rng: np.random.Generator) -> Errors:
     """The errors of a quantized layer's weight."""
     weight, quantizer = layer.weight.detach(), layer.weight_fake_quant
     spec = quantizer.spec
@@ -274,7 +279,7 @@ def weight_errors(layer: Any, samples: int, rng: np.random.Generator) -> Errors:
     return summary(x, q - x, step, clip_rate, spec.bits, count, standard)
 
 
-def activation_errors(layer: Any, seen: Reservoir) -> Errors:
+def summarize_inputs(layer: Any, seen: Reservoir) -> Errors:
     """The errors of the inputs that a quantized layer was given."""
     quantizer = layer.input_fake_quant
     spec = quantizer.spec
@@ -315,11 +320,15 @@ def summary(
         x, e: [n] values and their errors, float64.
         step: [n] or 0-dim, the quantization step (scale) of each.
         count: elements of which this is a sample.
-        standard: [m] errors standardized per channel.
+        standard: [m] errors standardized per channel; None: they have none.
     """
     from scipy import stats
 
     constant = bool(e.min() == e.max())
+    drawn = standard
+    if drawn is None:
+        drawn = e[:0] if constant else (e - e.mean()) / e.std()
+    counts, edges = _histogram(drawn)
     noise, signal = np.square(e).sum(), np.square(x).sum()
     rest = e != 0
     step = np.broadcast_to(step, e.shape)
@@ -341,8 +350,17 @@ def summary(
         gauss_rest=from_gauss(e[rest]),
         uniform_rest=from_uniform((e / step)[rest]),
         sqnr=10 * math.log10(signal / noise) if noise > 0 else None,
-        histogram=[] if constant else np.histogram(e, BINS)[0].tolist(),
+        histogram=counts,
+        span=edges,
     )
+
+
+def _histogram(sample: np.ndarray) -> tuple[list[int], list[float]]:
+    """(counts, [first, last] edge)."""
+    if len(sample) == 0 or sample.min() == sample.max():
+        return [], []
+    counts, edges = np.histogram(sample, BINS)
+    return counts.tolist(), [float(edges[0]), float(edges[-1])]
 
 
 def from_gauss(

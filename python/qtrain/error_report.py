@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,26 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from qkernels.numeric import DEFAULT_PERCENTILE
+
 from .data import load_dataset
 from .error_model import SAMPLES, Errors, LayerErrors, error_model, error_qconfigs, work
 from .loop import new_model
 from .progress import Track
 from .ptq import calibration_images
 from .recipe import TrainConfig
-from .report import PALETTE, REPORT, RESULTS, figure, save_figure
-from .rundir import RunDir, read_json, to_json, write_atomic
+from .report import (
+    PALETTE,
+    REPORT,
+    RESULTS,
+    colour,
+    figure,
+    markdown_grid,
+    reading_results,
+    rich_grid,
+    save_figure,
+)
+from .rundir import RunDir, to_json, write_atomic
 from .source import FloatSource
 
 RATIOS, DISTANCES = "ratio.png", "distance.png"
@@ -52,13 +64,14 @@ def _of_input(name: str) -> Callable[[LayerErrors], float | None]:
 
 
 COLUMNS = (
-    Column("AQE /\nWQE", "{:.3g}", lambda row: row.ratio),
+    Column("SQNR\nW, dB", "{:.1f}", _of_weight("sqnr")),
+    Column("SQNR\nA, dB", "{:.1f}", _of_input("sqnr")),
+    Column("|AQE| /\n|WQE|", "{:.3g}", lambda row: row.ratio),
     Column("KS W\nGauss", "{:.3f}", _of_weight("gauss")),
     Column("KS W\nchannel", "{:.3f}", _of_weight("gauss_channels")),
     Column("KS W\nuniform", "{:.3f}", _of_weight("uniform")),
     Column("KS A\nGauss", "{:.3f}", _of_input("gauss")),
     Column("KS A\nuniform", "{:.3f}", _of_input("uniform")),
-    Column("KS A rest\nuniform", "{:.3f}", _of_input("uniform_rest")),
 )
 HEAD = ("layer", "bits", *(column.name for column in COLUMNS))
 DETAIL_HEAD = (
@@ -73,7 +86,6 @@ DETAIL_HEAD = (
     "excess kurtosis",
     "zeros",
     "clipped",
-    "SQNR, dB",
     "KS rest Gauss",
     "KS rest uniform",
     "sample",
@@ -85,7 +97,7 @@ def run_error_model(
     out: str | Path,
     *,
     bits: Sequence[int] = (8, 4, 2),
-    first_last_bits: int | None = None,
+    first_last_bits: int | None = 8,
     method: str = "minmax",
     percentile: float | None = None,
     fold: bool = True,
@@ -100,8 +112,9 @@ def run_error_model(
         images: how many training images the calibration batches hold.
 
     Raises:
-        ValueError: a bad argument; more images than there are; ``out`` holds another config; the
-            model cannot be folded or quantized. Nothing is written then.
+        ValueError: a bad argument; more images than there are; ``out`` holds another config, or
+            results that are damaged; the model cannot be folded or quantized. Nothing is written
+            then.
     """
     error_qconfigs(bits, method, percentile, first_last_bits)
     options: dict[str, Any] = {
@@ -115,7 +128,8 @@ def run_error_model(
     recipe = {"name": "error-model", "source": source.digest, "images": images, **options}
     run = RunDir(out, {"train": asdict(config), "recipe": recipe}, overwrite=overwrite)
     if run.file(RESULTS).exists() and not overwrite:
-        layers = [LayerErrors.from_dict(row) for row in read_json(run.file(RESULTS))["layers"]]
+        with reading_results("error-model", run.file(RESULTS)) as results:
+            layers = [LayerErrors.from_dict(row) for row in results["layers"]]
     else:
         data = load_dataset(config.dataset, config.data_options)
         model = source.fill(new_model(config, data))
@@ -181,7 +195,6 @@ def _moments(e: Errors) -> list[str]:
         _text(e.kurtosis, "{:+.2f}"),
         f"{100 * e.zeros:.1f} %",
         f"{100 * e.clip_rate:.2f} %",
-        _text(e.sqnr, "{:.1f}"),
         _text(e.gauss_rest, "{:.3f}"),
         _text(e.uniform_rest, "{:.3f}"),
         str(e.count) if e.sampled == e.count else f"{e.sampled} of {e.count}",
@@ -190,23 +203,10 @@ def _moments(e: Errors) -> list[str]:
 
 def rich_table(layers: Sequence[LayerErrors], title: str) -> Table:
     """The main table of all widths, an empty line between them."""
-    table = Table(title=title, box=None, pad_edge=False)
-    for number, name in enumerate(HEAD):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+    lines: list[list[str]] = []
     for width in widths(layers):
-        for line in cells(at_width(layers, width)):
-            table.add_row(*line)
-        table.add_row()
-    return table
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [
-        [name.replace("\n", " ") for name in head],
-        ["---", *["---:"] * (len(head) - 1)],
-        *lines,
-    ]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        lines += [*cells(at_width(layers, width)), []]
+    return rich_grid(HEAD, lines, title, left=1, narrow=True)
 
 
 def chosen(count: int) -> list[int]:
@@ -219,8 +219,8 @@ def chosen(count: int) -> list[int]:
 
 
 def plot_histograms(path: Path, rows: Sequence[LayerErrors]) -> None:
-    """A row for each layer: weight errors on the left, input errors on the right, and over both the
-    Gaussian of their mean and deviation."""
+    """A row for each layer: weight errors, standardized per channel, on the left, input errors,
+    standardized, on the right, and N(0, 1) over both."""
     shown = [rows[index] for index in chosen(len(rows))]
     canvas, axes = figure(2, len(shown), width=4.6, height=1.5)
     for row, (left, right) in zip(shown, np.reshape(axes, (-1, 2)), strict=True):
@@ -235,17 +235,19 @@ def plot_histograms(path: Path, rows: Sequence[LayerErrors]) -> None:
 def _histogram(axis: Any, e: Errors, title: str) -> None:
     axis.set_yticks([])
     axis.tick_params(labelsize="xx-small")
-    if e.gauss is None:
-        axis.set_title(f"{title}, no errors", fontsize="x-small")
+    if not e.histogram:
+        axis.set_title(f"{title}, no spread", fontsize="x-small")
         return
+    distance = e.gauss if e.gauss_channels is None else e.gauss_channels
     zeros = f", {100 * e.zeros:.0f} % zeros" if e.zeros > 0.01 else ""
-    axis.set_title(f"{title}, KS {e.gauss:.3f}{zeros}", fontsize="x-small")
-    edges = np.linspace(e.least, e.greatest, len(e.histogram) + 1)
-    density = np.array(e.histogram) / (e.sampled * (edges[1] - edges[0]))
+    axis.set_title(f"{title}, KS {_text(distance, '{:.3f}')}{zeros}", fontsize="x-small")
+    low, high = e.span
+    edges = np.linspace(low, high, len(e.histogram) + 1)
+    density = np.array(e.histogram) / (sum(e.histogram) * (edges[1] - edges[0]))
     axis.stairs(density, edges, fill=True, color=PALETTE[2])
-    x = np.linspace(e.least, e.greatest, 200)
-    peak = 1 / (e.std * math.sqrt(2 * math.pi))
-    axis.plot(x, peak * np.exp(-0.5 * ((x - e.mean) / e.std) ** 2), color=PALETTE[4], linewidth=1)
+    x = np.linspace(low, high, 200)
+    peak = 1 / math.sqrt(2 * math.pi)
+    axis.plot(x, peak * np.exp(-0.5 * x**2), color=PALETTE[4], linewidth=1)
     # a peak of exact zeros would leave nothing to be seen of the rest
     axis.set_ylim(0, 1.1 * min(max(density.max(), peak), 2 * peak))
 
@@ -255,9 +257,8 @@ def plot_ratios(path: Path, layers: Sequence[LayerErrors]) -> None:
     canvas, axis = figure(1, width=7.0)
     for number, width in enumerate(widths(layers)):
         values = [row.ratio for row in at_width(layers, width)]
-        _line(axis, values, PALETTE[1 + number % 6], label=f"{width} bits")
-    axis.set(yscale="log", ylabel="mean |AQE| / mean |WQE|")
-    axis.axhline(1, color="black", linestyle=":", linewidth=1)
+        _line(axis, values, colour(number), label=f"{width} bits")
+    axis.set(yscale="log", ylabel="mean |AQE| / mean |WQE| (different units)")
     axis.legend(fontsize="small")
     _name_layers(axis, layers)
     save_figure(canvas, path)
@@ -265,23 +266,32 @@ def plot_ratios(path: Path, layers: Sequence[LayerErrors]) -> None:
 
 def plot_distances(path: Path, layers: Sequence[LayerErrors]) -> None:
     """Distance from the Gaussian of each layer's errors, weights and inputs side by side."""
-    canvas, (left, right) = figure(2, width=6.0)
-    sides: tuple[tuple[Any, str, str, str], ...] = (
-        (left, "gauss", "-", "tensor"),
-        (left, "gauss_channels", "--", "channel"),
-        (right, "gauss", "-", "tensor"),
+    canvas, axes = figure(2, width=6.0)
+    weights, inputs = axes
+    sides = (
+        (weights, _of_weight("gauss"), "-"),
+        (weights, _of_weight("gauss_channels"), "--"),
+        (inputs, _of_input("gauss"), "-"),
     )
-    for axis, name, style, what in sides:
-        value = _of_weight(name) if axis is left else _of_input(name)
+    most = UNIFORM_FROM_GAUSS
+    for axis, value, style in sides:
         for number, width in enumerate(widths(layers)):
             values = [value(row) for row in at_width(layers, width)]
-            colour = PALETTE[1 + number % 6]
-            _line(axis, values, colour, linestyle=style, label=f"{width} bits, per {what}")
-    for axis, title in ((left, "weights"), (right, "inputs")):
+            most = max(most, *(v for v in values if v is not None), 0.0)
+            what = "per channel" if style == "--" else "per tensor"
+            _line(
+                axis,
+                values,
+                colour(number),
+                linestyle=style,
+                label=f"{width} bits, {what}" if axis is weights else None,
+            )
+    for axis, title in ((weights, "weights"), (inputs, "inputs")):
         axis.axhline(UNIFORM_FROM_GAUSS, color="black", linestyle=":", linewidth=1)
-        axis.set(title=title, ylabel="KS distance from the fitted Gaussian", ylim=(0, None))
-        axis.legend(fontsize="x-small")
+        # one scale for both, with room above
+        axis.set(title=title, ylabel="KS distance from the fitted Gaussian", ylim=(0, 1.1 * most))
         _name_layers(axis, layers)
+    canvas.legend(fontsize="x-small", loc="outside right upper")
     save_figure(canvas, path)
 
 
@@ -303,21 +313,30 @@ def _name_layers(axis: Any, layers: Sequence[LayerErrors]) -> None:
 def _how(config: Any) -> str:
     """The first lines of report.md: what was done, and what the columns mean."""
     train, recipe = config["train"], config["recipe"]
-    range_of = recipe["method"] + (f" {recipe['percentile']}" if recipe["percentile"] else "")
+    range_of, first_last = recipe["method"], recipe["first_last_bits"]
+    if range_of == "percentile":
+        range_of += f" {recipe['percentile'] or DEFAULT_PERCENTILE}"
     folded = "folded" if recipe["fold"] else "not folded"
+    ends = "has the bits of the others" if first_last is None else f"at least {first_last} bits"
     return f"""# Quantization errors of {train["model"]} on {train["dataset"]}
 
 Weights symmetric per output channel, inputs affine per tensor, ranges by {range_of} over
-{recipe["images"]} training images; BatchNorm {folded}. Seed {train["seed"]}.
+{recipe["images"]} training images; BatchNorm {folded}. First and last layer: {ends}.
+Seed {train["seed"]}.
 
 - WQE = Q(W) - W. AQE = Q(x) - x of each layer's input x as it arrives in the quantized model, over
   the same images. At most {SAMPLES} elements of each, drawn at random.
+- SQNR: 10 log10(sum x^2 / sum e^2), of weights (W) and inputs (A). |AQE| / |WQE|: mean |AQE| / mean
+  |WQE|, which have different units; it changes when layers are rescaled or BatchNorm is folded;
+  compare SQNR. A dash: no errors.
 - KS: Kolmogorov-Smirnov distance, from the Gaussian of the same mean and deviation; for weights
-  also with each channel's errors standardized by their own (channel: the model of DNQ); and from
-  the uniform law over one quantization step. 0 is the law itself. Uniform errors are
-  {UNIFORM_FROM_GAUSS} from their Gaussian; n draws from a Gaussian are about 0.63 / sqrt(n) away.
+  also with each channel's errors standardized by their own, from N(0, 1) (channel: the model of
+  DNQ); and from the uniform law over one quantization step. 0 is the law itself, uniform errors are
+  {UNIFORM_FROM_GAUSS} from their Gaussian. Noise floor, what n draws from the law itself have:
+  about 0.63 / sqrt(n) from the Gaussian, 0.87 / sqrt(n) from the uniform law.
+- Channel: those without variance are left out; short ones (fewer than 25 elements) come out
+  slightly non-Gaussian by being standardized with their own mean and deviation.
 - Rest: the errors that are not exactly 0 alone (half of what a ReLU gives is 0, and has no error).
-- AQE / WQE: mean |AQE| / mean |WQE|. SQNR: 10 log10(sum x^2 / sum e^2). A dash: no errors.
 """
 
 
@@ -333,10 +352,14 @@ def report_text(config: Any, layers: Sequence[LayerErrors], pictures: dict[int, 
     parts = [_how(config)]
     for width, picture in pictures.items():
         rows = at_width(layers, width)
-        parts.append(f"## {width} bits\n\n{markdown(HEAD, cells(rows))}")
-        parts.append(f"{which}Line: the fitted Gaussian; a peak at 0 can be cut off.\n")
+        parts.append(f"## {width} bits\n\n{markdown_grid(HEAD, cells(rows), left=1)}")
+        parts.append(
+            f"{which}Errors less their mean over their deviation, of weights (W) per channel, of "
+            "inputs (A) over the tensor. Line: N(0, 1). Peaks of more than twice its height, as of "
+            "exact zeros, are cut off.\n"
+        )
         parts.append(f"![errors at {width} bits]({picture})\n")
-        parts.append(markdown(DETAIL_HEAD, detail_cells(rows)))
+        parts.append(markdown_grid(DETAIL_HEAD, detail_cells(rows)))
     parts.append("## Layer by layer\n")
     parts.append(f"![mean |AQE| / mean |WQE|]({RATIOS})\n")
     parts.append(f"Dotted: {UNIFORM_FROM_GAUSS}, what uniform errors would have.\n")

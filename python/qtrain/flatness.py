@@ -291,7 +291,7 @@ def weight_noise(model: nn.Module, size: float, noise: Noise) -> Iterator[None]:
 
 
 def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    mine = set()
+    mine: set[int] = set()
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         for kinds, names in MATRICES.items():

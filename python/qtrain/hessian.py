@@ -31,6 +31,16 @@ LEAST_ITERATIONS = 8
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> the mean over the batch's examples
 
 
+def require(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"flatness: {name} must be {rule}, got {value}")
+
+
+def require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"flatness: {name} must be finite, got {value}")
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """Mean cross entropy of a batch (x, y): a loss that has an accuracy.
@@ -355,16 +365,6 @@ def _grad(*args: Any, **how: Any) -> tuple[Tensor, ...]:
         raise NotImplementedError(
             f"flatness: model must be twice differentiable, got {text}"
         ) from error
-
-
-def require(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"flatness: {name} must be {rule}, got {value}")
-
-
-def require_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"flatness: {name} must be finite, got {value}")
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:

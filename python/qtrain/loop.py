@@ -27,7 +27,7 @@ from .data import Batch, Dataset, Split, batch_count, eval_batches, load_dataset
 from .models import build_model
 from .progress import Track
 from .recipe import Recipe, TrainConfig, learning_rate, make_optimizer, require
-from .rundir import RunDir
+from .rundir import RunDir, load_model_file
 from .seeds import seed_globals
 
 
@@ -211,10 +211,13 @@ class Loop:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.plain = self.accelerator.unwrap_model(self.model)
         self.step = 0
+        self.scores: Any = None  # of a run that was finished before
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
+            if self.step == self.total:
+                self.scores = self.run.finished_scores()
             self.loss_sum.copy_(saved["loss_sum"])
             if self.average is not None:
                 self.average.load_state_dict(saved["average"])
@@ -316,16 +319,22 @@ class Loop:
 
     def finish(self) -> TrainResult:
         """Write model.safetensors; with SWA that is the average, its BatchNorm re-estimated."""
-        config, averaged = self.config, self.average is not None
+        config, averaged, scores = self.config, self.average is not None, self.scores
         model = self.recipe.finish(self.average.module if self.average else self.plain)
-        if averaged:
+        if scores is not None:
+            scores = {key: scores[key] for key in ("test_loss", "test_accuracy")}
+            model.load_state_dict(load_model_file(self.run.path)[0])
+        elif averaged:
             seed_globals(config.seed, self.step, "swa")
             reestimate_batchnorm(model, self.data, config)
             scores = evaluate(model, self.data.test, accelerator=self.accelerator)
+        else:
+            last = [r for r in self.run.metrics() if "test_accuracy" in r][-1]
+            scores = {key: last[key] for key in ("test_loss", "test_accuracy")}
+        if self.scores is None:
+            self.run.save_model(model.state_dict(), {**self.run.config, "scores": scores})
+        if averaged:
             self.run.append({"step": self.step, "epoch": config.epochs, "swa": True, **scores})
-        self.run.save_model(model.state_dict(), self.run.config)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
-        last = [r for r in self.run.metrics() if "test_accuracy" in r][-1]
-        scores = {key: last[key] for key in ("test_loss", "test_accuracy")}
         return TrainResult(model.eval(), self.data, self.run, steps=self.step, **scores)

@@ -36,6 +36,11 @@ class Cnn(nn.Module):
         strides: tuple[int, ...] = (1, 2, 1, 2),
     ) -> None:
         super().__init__()
+        if len(widths) != len(strides):
+            raise ValueError(
+                f"models: widths and strides must be equally many, got {len(widths)} and "
+                f"{len(strides)}"
+            )
         blocks: list[nn.Module] = []
         for width, stride in zip(widths, strides, strict=True):
             blocks.append(nn.Sequential(*_conv_bn(channels, width, stride=stride), nn.ReLU()))

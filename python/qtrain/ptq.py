@@ -113,8 +113,8 @@ def calibration_images(
     """``count`` random training images, named by the config's seed; the same on every rank.
 
     Args:
-        batch_size: images in a batch at most; None: the config's. The first images of a larger
-            ``count`` are those of a smaller one.
+        batch_size: images in a batch at most (a single one left over joins the batch before);
+            None: the config's. The first images of a larger ``count`` are those of a smaller one.
 
     Raises:
         ValueError: not that many training images; ``count`` or ``batch_size`` below 1.
@@ -130,6 +130,9 @@ def calibration_images(
         )
     order = torch.randperm(have, generator=generator(config.seed, 0, "calibration"))
     chunks = list(order[:count].split(size))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:
+        # BatchNorm in training mode has no statistics of one image
+        chunks[-2:] = [torch.cat(chunks[-2:])]
     return list(data.train.read(chunks, seed=config.seed, epoch=0, workers=0))
 
 

@@ -72,8 +72,12 @@ class TrainConfig:
             require(holds, setting.name, rule, repr(value))
         for name in ("epochs", "batch_size", "eval_every", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        require(self.lr > 0, "lr", "positive", self.lr)
-        require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        for name in ("lr", "swa_lr"):
+            rate = getattr(self, name)
+            require(rate is None or 0 < rate < math.inf, name, "positive and finite", rate)
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, "weight_decay", "at least 0 and finite", decay)
+        require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
         require(self.workers >= 0, "workers", "at least 0", self.workers)
         require(0 <= self.warmup < 1, "warmup", "in [0, 1)", self.warmup)
         require(self.clip is None or self.clip > 0, "clip", "positive", self.clip)
@@ -91,9 +95,10 @@ class TrainConfig:
             require(value in known, name, f"one of {', '.join(known)}", repr(value))
 
 
-def require(holds: bool, name: str, rule: str, value: Any) -> None:
+def require(holds: bool, name: str, rule: str, value: Any, op: str = "train") -> None:
+    """Raise a ValueError about a setting unless its rule holds."""
     if not holds:
-        raise ValueError(f"train: {name} must be {rule}, got {value}")
+        raise ValueError(f"{op}: {name} must be {rule}, got {value}")
 
 
 class Recipe:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def rich_grid(
     """A table for the screen; the first ``left`` columns are words, the others numbers. ``narrow``:
     without lines, and only the first column may be broken. Cells can have several lines."""
     lines = None if narrow else box.HEAVY_HEAD
-    table = Table(title=title, box=lines, pad_edge=not narrow)
+    table = Table(title=title, box=lines, pad_edge=not narrow, collapse_padding=narrow)
     for number, column in enumerate(columns):
         whole = number > 0 and (narrow or number < 5)
         side: Any = "left" if number < left else "right"
@@ -94,6 +95,20 @@ def markdown_table(rows: Iterable[Row]) -> str:
     return markdown_grid(COLUMNS, [row.cells() for row in rows])
 
 
+@contextmanager
+def reading_results(command: str, path: Path) -> Iterator[Any]:
+    """What a results.json holds, while objects are made of it: a damaged one is a ValueError that
+    names the file."""
+    results = read_json(path)
+    try:
+        yield results
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{command}: {path} must hold the results of a finished run, got a file that brings up "
+            f"{error!r}; start afresh with --overwrite"
+        ) from error
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a picture as PNG, all of it or nothing."""
     part = path.with_name(path.name + ".part")
@@ -114,17 +129,22 @@ def figure(
     return canvas, canvas.subplots(rows, columns)
 
 
+def colour(number: int) -> str:
+    """The colour of the number-th kind, counted from 0; black is left to the float model."""
+    return PALETTE[1:][number % (len(PALETTE) - 1)]
+
+
 def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
     """Training loss and test accuracy over steps, a line per run."""
     canvas, (left, right) = figure(2)
     for number, (name, records) in enumerate(runs.items()):
-        colour = PALETTE[number % len(PALETTE)]
+        shade = PALETTE[number % len(PALETTE)]
         train = [(r["step"], r["loss"]) for r in records if "loss" in r]
         test = [(r["step"], 100 * r["test_accuracy"]) for r in records if "test_accuracy" in r]
         if train:
-            left.plot(*zip(*train, strict=True), label=name, color=colour, linewidth=1.3)
+            left.plot(*zip(*train, strict=True), label=name, color=shade, linewidth=1.3)
         if test:
-            right.plot(*zip(*test, strict=True), color=colour, linewidth=1.3, label=name)
+            right.plot(*zip(*test, strict=True), color=shade, linewidth=1.3, label=name)
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="test accuracy, %")
     for axis in (left, right):
@@ -145,8 +165,10 @@ def plot_accuracy(path: Path, rows: list[Row]) -> None:
         offset = (number - (len(methods) - 1) / 2) * room
         places = [widths.index(row.bits) + offset for row in mine]
         heights = [100 * row.accuracy for row in mine]
-        colour = PALETTE[1:][number % (len(PALETTE) - 1)]
-        bars = axis.bar(places, heights, 0.92 * room, label=method, color=colour)
+        # a second round through the colours is hatched
+        hatch = "//" if number >= len(PALETTE) - 1 else None
+        look = {"color": colour(number), "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        bars = axis.bar(places, heights, 0.92 * room, label=method, **look)
         if len(methods) <= 3:  # narrower bars have no room for a number
             axis.bar_label(bars, fmt="%.1f", fontsize="x-small", padding=-11)
     for row in rows:

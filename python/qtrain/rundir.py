@@ -203,6 +203,14 @@ class RunDir:
         if self.writer and have > length:
             os.truncate(path, length)
 
+    def finished_scores(self) -> dict[str, float] | None:
+        """What the model that this run left scored; None if it left none, or one of another run."""
+        if not self.file(MODEL).exists():
+            return None
+        meta = load_model_file(self.file(MODEL))[1]
+        scores = meta.pop("scores", None)
+        return scores if meta == self.config else None
+
     def save_model(self, state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Write model.safetensors; ``meta`` goes into its header under the key "qtrain"."""
         if self.writer:

@@ -42,7 +42,8 @@ def input_errors(
     is what arrives at the layer in the quantized model.
 
     Returns:
-        layer's name -> (statistics, number of elements); layers that were never called are absent.
+        layer's name -> (statistics, elements per channel); layers that were never called, or whose
+        input is not quantized, are absent.
     """
     model = without_noise(copy.deepcopy(model))
     update_bn(batches, model)
@@ -50,17 +51,17 @@ def input_errors(
     parts: defaultdict[str, list[tuple[ErrorStats, int]]] = defaultdict(list)
 
     def watch(name: str, quantizer: Any) -> None:
-        spec, (scale, zero_point) = quantizer.spec, quantizer.qparams()
-        options = {"bits": spec.bits, "axis": spec.axis, "symmetric": spec.symmetric}
-
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stats = qkernels.error_stats(args[0], scale, zero_point, clip=spec.clip, **options)
-            parts[name].append((stats, args[0].numel()))
+            # asked here, for a quantizer that was never called has none
+            scale, zero_point = quantizer.qparams()
+            stats = qkernels.error_stats(args[0], scale, zero_point, **quantizer.spec.options())
+            parts[name].append((stats, args[0].numel() // stats.mean.numel()))
 
         quantizer.register_forward_pre_hook(before)
 
     for name, layer in quant_layers(model).items():
-        watch(name, layer.input_fake_quant)
+        if layer.input_fake_quant is not None:
+            watch(name, layer.input_fake_quant)
     with torch.no_grad():
         for x, _ in batches:
             model(x)
@@ -87,20 +88,13 @@ def joined(parts: Sequence[tuple[ErrorStats, int]]) -> tuple[ErrorStats, int]:
 @torch.no_grad()
 def weight_errors(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Q(W) - W, of W's shape, with the range of W at hand."""
-    rounded = qkernels.fake_quant(
-        weight,
-        bits=spec.bits,
-        axis=spec.axis,
-        symmetric=spec.symmetric,
-        method=spec.method,
-        percentile=spec.percentile,
-    )
-    return rounded - weight
+    return qkernels.fake_quant(weight, **spec.options()) - weight
 
 
 def discrete_noise(
     weights: Sequence[Tensor],
     errors: Sequence[Tensor],
+    errors_before: Sequence[Tensor],
     axes: Sequence[int],
     seeds: Sequence[int],
     step: int,
@@ -111,13 +105,15 @@ def discrete_noise(
 
     Args:
         weights, errors: of the same shapes, see `weight_errors`.
+        errors_before: what delta_{t-1} was drawn from.
         axes: of the channels.
         seeds: a stream for each weight.
     """
-    rows = [e.movedim(axis, 0).flatten(1) for e, axis in zip(errors, axes, strict=True)]
-    blank = [torch.zeros_like(row) for row in rows]
     deltas = []
-    for at in (step, (step - 1) & LARGEST_SEED):
+    for at, source in ((step, errors), ((step - 1) & LARGEST_SEED, errors_before)):
+        rows = [e.movedim(axis, 0).flatten(1) for e, axis in zip(source, axes, strict=True)]
+        # fp32, whatever the weights are: bf16 would round u to a few hundred places
+        blank = [torch.zeros_like(row, dtype=torch.float32) for row in rows]
         draws = foreach.uniform_noise(blank, 1.0, seed=list(seeds), step=at)
         # u in (-1/2, 1/2) becomes a place in 0 .. n - 1
         places = [((u + 0.5) * u.shape[1]).long().clamp_(max=u.shape[1] - 1) for u in draws]

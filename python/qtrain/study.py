@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 
-from .dnq import DnqConfig
+from .data import load_dataset
+from .dnq import Dnq, DnqConfig
 from .dnq_run import PtqPlan, run_dnq
 from .progress import Track
 from .recipe import TrainConfig
-from .report import PALETTE, REPORT, RESULTS, Row, bits_name, figure, markdown_grid, save_figure
-from .rundir import to_json, write_atomic
+from .report import REPORT, RESULTS, Row, bits_name, colour, figure, markdown_grid, save_figure
+from .rundir import RunDir, to_json, write_atomic
 
 PICTURE = "study.png"
+PLAN = PtqPlan(bits=(4, 3, 2), methods=("minmax", "mse"), folds=(True,), adaround=None)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Task:
     dnq: DnqConfig
     plan: PtqPlan
     out: Path
+    overwrite: bool = False
 
 
 def tasks(
@@ -161,7 +164,25 @@ def _one_thread() -> None:
 
 
 def _run(task: Task) -> list[Row]:
-    return run_dnq(task.config, task.dnq, task.out, plan=task.plan, cpu=True, quiet=True)
+    return run_dnq(
+        task.config,
+        task.dnq,
+        task.out,
+        plan=task.plan,
+        overwrite=task.overwrite,
+        cpu=True,
+        quiet=True,
+    )
+
+
+def _check(todo: Sequence[Task], base: TrainConfig) -> None:
+    """Raise what one of the runs would raise at its start, before the first is made."""
+    data = load_dataset(base.dataset, base.data_options)
+    for task in todo:
+        recipe = Dnq(task.dnq)
+        recipe.bind(task.config, data)
+        described = {"train": asdict(task.config), "recipe": recipe.describe()}
+        RunDir(task.out, described, overwrite=task.overwrite)
 
 
 @dataclass(frozen=True)
@@ -184,8 +205,9 @@ def run_study(
     out: str | Path,
     *,
     seeds: Iterable[int] = range(5),
-    plan: PtqPlan | None = None,
+    plan: PtqPlan = PLAN,
     jobs: int = 2,
+    overwrite: bool = False,
 ) -> list[Score]:
     """Run what is not yet there, and write the tables.
 
@@ -193,8 +215,9 @@ def run_study(
         name: of ``STUDIES``.
         base, dnq: what all arms share.
         plan: bit widths, and how the trained models are quantized.
-        jobs: runs at a time, each in a process of its own with one thread, so that the bits do not
-            depend on it.
+        jobs: runs at a time, each in a process of its own on the CPU with one thread, so that the
+            bits do not depend on it.
+        overwrite: make the runs of this study afresh.
 
     Raises:
         ValueError: an unknown study; bad settings; ``out`` holds runs with other settings.
@@ -203,11 +226,12 @@ def run_study(
         raise ValueError(f"dnq-study: study must be one of {', '.join(STUDIES)}, got {name!r}")
     if jobs < 1:
         raise ValueError(f"dnq-study: jobs must be at least 1, got {jobs}")
-    plan = plan or PtqPlan(bits=(4, 3, 2), methods=("minmax", "mse"), folds=(True,), adaround=None)
     study = STUDIES[name]
     todo = tasks(study.arms, base, dnq, plan, seeds=sorted(set(seeds)), out=Path(out))
     if not todo:
         raise ValueError("dnq-study: seeds must be at least one, got none")
+    todo = [replace(task, overwrite=overwrite) for task in todo]
+    _check(todo, base)
     scores: list[Score] = []
     # spawned, not forked: a fork of a process whose OpenMP has threads can hang
     context = get_context("spawn")
@@ -320,7 +344,6 @@ def plot_study(path: Path, name: str, scores: Sequence[Score]) -> None:
     canvas, axes = figure(len(widths), width=3.6)
     for axis, bits in zip([axes] if len(widths) == 1 else axes, widths, strict=True):
         for number, method in enumerate(methods):
-            colour = PALETTE[1:][number % (len(PALETTE) - 1)]
             for place, arm in enumerate(arms):
                 mine = [
                     100 * s.accuracy
@@ -328,9 +351,12 @@ def plot_study(path: Path, name: str, scores: Sequence[Score]) -> None:
                     if (s.bits, s.method, s.arm) == (bits, method, arm)
                 ]
                 at = place + 0.24 * (number - (len(methods) - 1) / 2)
-                axis.plot([at] * len(mine), mine, "o", color=colour, markersize=3, alpha=0.6)
+                axis.plot(
+                    [at] * len(mine), mine, "o", color=colour(number), markersize=3, alpha=0.6
+                )
                 label = method if place == 0 else None
-                axis.hlines(statistics.fmean(mine), at - 0.1, at + 0.1, color=colour, label=label)
+                line = {"color": colour(number), "label": label}
+                axis.hlines(statistics.fmean(mine), at - 0.1, at + 0.1, **line)
         axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize="small")
         axis.set(title=bits_name((bits, bits)), ylabel="test accuracy, %")
         axis.grid(alpha=0.3, axis="y")

@@ -66,16 +66,7 @@ class ErrorEMA(nn.Module):
         self.spec = spec
         self.decay = float(decay)
         self.sync_ranks = True
-        self._options: dict[str, Any] = {
-            "bits": spec.bits,
-            "axis": spec.axis,
-            "group_size": spec.group_size,
-            "symmetric": spec.symmetric,
-            "narrow_range": spec.narrow_range,
-            "method": spec.method,
-            "percentile": spec.percentile,
-            "clip": spec.clip,
-        }
+        self._options = spec.options()
         # last_step as a number, with the count of compiled updates when it was seen; whether there
         # was an update: so that no device is asked in each step
         self._seen: tuple[int, int] | None = None
@@ -163,6 +154,9 @@ class ErrorEMA(nn.Module):
             raise TypeError("ErrorEMA: step must be an int or None for record, got a Tensor")
         if type(count) is not int or count < 1:
             raise ValueError(f"ErrorEMA: count must be an int of at least 1, got {count!r}")
+        sound = all(isinstance(part, Tensor) for part in stats) and len(stats) == 4
+        if not sound or len({part.numel() for part in stats}) != 1:
+            raise TypeError(f"ErrorEMA: stats must be an ErrorStats of equal shapes, got {stats!r}")
         rows = torch.stack([part.reshape(-1) for part in stats])
         ema, before = self._fit_channels(rows.shape[1], rows)
         sync = self.sync_ranks and observe.many_ranks()

@@ -85,6 +85,11 @@ class QuantSpec:
         """Whether there is more than one scale."""
         return self.axis is not None or self.group_size is not None
 
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `fake_quant` and `error_stats` for a tensor of this kind."""
+        kept = ("learned", "ema")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it."""
         return asdict(self)

@@ -150,7 +150,9 @@ def test_same_seed_same_bits():
     ("wrong", "text"),
     [
         ({"lr": 2.5}, r"lr must be in \(0, 2\), .* got 2.5"),
-        ({"steps": 300}, "steps must be at least 751, .* got 300"),
+        ({"steps": 300}, "steps must be at least 751: 351 to forget .*, 400 late ones, got 300"),
+        ({"steps": 400, "late": 100}, "steps must be at least 451: .* got 400"),
+        ({"channels": 65}, "channels must be at most 64 with a dense hessian .* got 65"),
         ({"replicas": 1}, "replicas must be at least 2 .* got 1"),
         ({"hessian": "sparse"}, "hessian must be dense or diagonal, got sparse"),
         ({"std": 0.0}, "std must be positive, got 0.0"),
@@ -161,6 +163,27 @@ def test_same_seed_same_bits():
 def test_bad_config(wrong, text):
     with pytest.raises(ValueError, match="bias-toy: " + text):
         ToyConfig(**wrong)
+
+
+def test_bounds_can_be_met():
+    assert ToyConfig(steps=451, late=100).late == 100
+    assert ToyConfig(channels=64).channels == 64
+    assert ToyConfig(channels=65, hessian="diagonal").channels == 65
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "text", "theory"),
+    [
+        (2.34567, 0.0234, "+2.35 ± 0.02", "+2.00"),
+        (-0.98765, 0.00012, "-0.9877 ± 0.0001", "+2.0000"),
+        (1.5, 0.0096, "+1.50 ± 0.01", "+2.00"),
+        (12.6, 3.2, "+13 ± 3", "+2"),
+        (1.5, 0.0, "+1.5000 ± 0.0000", "+2.0000"),
+    ],
+)
+def test_decimals_are_those_of_the_error(rows, bias, error, text, theory):
+    row = replace(rows["dense"][0], bias=bias, bias_error=error, bias_expected=2.0)
+    assert row.cells()[2:4] == (text, theory)
 
 
 def test_bad_names():
@@ -188,6 +211,16 @@ def test_command(tmp_path):
     for extra in ([], ["--overwrite"]):
         CliRunner().invoke(cli.app, ["bias-toy", "--out", str(out), *small, *extra])
         assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    # read back, and not computed again
+    kept[0]["distance"] = 77.0
+    (out / "results.json").write_text(json.dumps({"noises": kept}))
+    outcome = CliRunner().invoke(cli.app, ["bias-toy", "--out", str(out), *small])
+    assert "77.0" in outcome.output and "77.0" in (out / "report.md").read_text()
+    (out / "results.json").write_text("{}")
+    outcome = CliRunner().invoke(cli.app, ["bias-toy", "--out", str(out), *small])
+    (line,) = outcome.stderr.strip().splitlines()
+    assert outcome.exit_code == 2 and "--overwrite" in line
+    assert f"bias-toy: {out}/results.json must hold the results" in line
     outcome = CliRunner().invoke(cli.app, ["bias-toy", "--out", str(out), *small, "--mean", "0.2"])
     assert outcome.exit_code == 2 and "toy.mean (0.1 there, 0.2 asked for)" in outcome.stderr
     assert len(outcome.stderr.strip().splitlines()) == 1

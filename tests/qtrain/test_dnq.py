@@ -8,13 +8,10 @@ import torch
 from qtrain import dnq as dnq_module
 from qtrain.data import load_dataset
 from qtrain.dnq import Dnq, DnqConfig
-from qtrain.loop import evaluate, new_model, reestimate_batchnorm, train
-from qtrain.progress import Track
-from qtrain.ptq import calibration_images, quantize_after_training
-from qtrain.recipe import Recipe, TrainConfig
-from qtrain.rundir import MODEL, load_model_file
+from qtrain.loop import new_model, train
+from qtrain.ptq import quantize_after_training
+from qtrain.recipe import TrainConfig
 from qtrain.simulate import discrete_noise, input_errors, joined, weight_errors
-from qtrain.source import FloatSource
 from test_nn_graph import NoReadBack
 from torch.nn import functional as F
 
@@ -22,8 +19,6 @@ import qkernels
 from qkernels import ErrorStats, foreach
 from qkernels.nn import QuantSpec
 
-# 2 bits hurt this net
-NARROW = {"widths": [8, 8, 8, 16, 16, 16, 32, 32], "strides": [1, 1, 1, 2, 1, 1, 2, 1]}
 NOISY = {"weight_bits": 3, "activation_bits": 3, "warmup_epochs": 1, "ramp_epochs": 2}
 
 
@@ -31,11 +26,6 @@ def settings(**changed):
     usual = {"epochs": 4, "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "nesterov": True}
     tiny = {"model_options": {"widths": [4, 8], "strides": [2, 2]}, "eval_every": 2}
     return TrainConfig(**{**usual, **tiny, **changed})
-
-
-def run(config, recipe, out):
-    with Track(0, "", quiet=True) as track:
-        return train(config, recipe, out, cpu=True, track=track)
 
 
 def started(config, dnq, epoch=1):
@@ -133,17 +123,35 @@ def test_discrete_noise_takes_real_errors():
     w = torch.randn(5, 3, 7)
     errors = weight_errors(w, spec)
     assert torch.equal(errors, qkernels.fake_quant(w, bits=2, axis=1, symmetric=True) - w)
-    (noisy,) = discrete_noise([w], [errors], [1], [3], 4, 1.0)
+    (noisy,) = discrete_noise([w], [errors], [errors], [1], [3], 4, 1.0)
     for c in range(3):
         values = errors[:, c].flatten()
         gaps = (values[:, None] - values[None]).flatten()
         noise = (noisy - w)[:, c].flatten()
         assert (noise[:, None] - gaps[None]).abs().amin(1).max() < 1e-6
-    # the draw of the step before is taken away in the next
-    (after,) = discrete_noise([w], [errors], [1], [3], 5, 1.0)
-    total = (noisy - w) + (after - w)
-    alone = [discrete_noise([w], [errors], [1], [3], t, 1.0)[0] for t in (4, 5)]
-    assert torch.equal(total, (alone[0] - w) + (alone[1] - w))
+
+
+def test_discrete_noise_takes_away_what_it_added():
+    """From step to step, and over the start of an epoch, where the errors change."""
+    dnq = DnqConfig(weight_noise="discrete", ramp="constant", **{**NOISY, "weight_bits": 2})
+    recipe, model, _ = started(settings(), dnq)
+    clean = clean_weights(recipe)[1]
+    old = weight_errors(clean, recipe.weights[1].recorder.spec)
+    seed = recipe.noise.at("features.1.0.weight", kind="discrete")["seed"]
+
+    def delta(errors, step):  # by its own: the other end of the difference has errors of zero
+        blank = [torch.zeros_like(errors)]
+        return discrete_noise(blank, [errors], blank, [0], [seed], step, 1.0)[0]
+
+    for step in (12, 13):
+        want = clean + delta(old, step) - delta(old, step - 1)
+        torch.testing.assert_close(noisy_weights(recipe, step)[1], want)
+    with torch.no_grad():
+        model.features[1][0].weight.mul_(3.0)
+    recipe.on_epoch_start(model, 2)
+    for step, before in ((20, old), (21, 3 * old)):
+        want = 3 * clean + delta(3 * old, step) - delta(before, step - 1)
+        torch.testing.assert_close(noisy_weights(recipe, step)[1], want)
 
 
 def test_gradient_is_taken_at_the_noisy_weights():
@@ -225,12 +233,18 @@ def test_recorders_follow_the_simulated_ptq():
     assert (spec.bits, spec.axis, spec.symmetric) == (3, 0, True)
     options = {"bits": 3, "axis": 0, "symmetric": True}
     first = qkernels.error_stats(recipe.weights[1].parameter, **options)
+    first_input = input_errors(model, dnq.qconfig(), recipe.batches)["features.1.0"][0]
     with torch.no_grad():
+        model.features[0][0].weight[0].mul_(1.5)
         model.features[1][0].weight.mul_(1.5)
     recipe.on_epoch_start(model, 2)
     second = qkernels.error_stats(recipe.weights[1].parameter, **options)
     share = 0.1 / 0.19  # the second of two: (1 - d) / (1 - d^2)
     for found, a, b in zip(recipe.weights[1].recorder.stats, first, second, strict=True):
+        torch.testing.assert_close(found, a + share * (b - a))
+    seen = input_errors(model, dnq.qconfig(), recipe.batches)["features.1.0"][0]
+    noise = model.features[1][0].input_noise.errors
+    for found, a, b in zip(noise.stats, first_input, seen, strict=True):
         torch.testing.assert_close(found, a + share * (b - a))
     # the step that moved it takes away the noise of the older one, the next step no more
     (now, before), (later, latest) = recipe._statistics(20), recipe._statistics(21)
@@ -280,54 +294,6 @@ def test_joined():
     torch.testing.assert_close(stats.var, x.var(unbiased=False))
 
 
-def test_without_noise_it_is_the_float_trainer(tmp_path):
-    off = DnqConfig(weight_noise="none", activation_noise="none", warmup_epochs=1, ramp_epochs=1)
-    for config in (settings(), settings(swa_start=0.5)):
-        ours = run(config, Dnq(off), tmp_path / f"dnq{config.swa_start}")
-        plain = run(config, Recipe(), tmp_path / f"float{config.swa_start}")
-        assert ours.test_loss == plain.test_loss
-        for name, value in plain.model.state_dict().items():
-            assert torch.equal(ours.model.state_dict()[name], value)
-
-
-@pytest.mark.parametrize("swa_start", [None, 0.5], ids=["last weights", "swa"])
-def test_the_result_is_a_plain_clean_model(tmp_path, swa_start):
-    """Its keys are the float model's, BatchNorm's statistics are of a forward without noise."""
-    config = settings(swa_start=swa_start)
-    result = run(config, Dnq(DnqConfig(**NOISY)), tmp_path)
-    data = load_dataset("digits")
-    model = new_model(config, data)
-    state, meta = load_model_file(tmp_path)
-    assert set(state) == set(model.state_dict())
-    assert meta["recipe"]["name"] == "dnq"
-    FloatSource.load(tmp_path / MODEL).fill(model)
-    assert evaluate(model, data.test)["test_loss"] == result.test_loss
-    again = copy.deepcopy(model)
-    reestimate_batchnorm(again, data, config)
-    for name, value in again.state_dict().items():
-        assert torch.equal(state[name], value), name
-
-
-def test_it_helps_at_two_bits(tmp_path):
-    """The demo's net after min-max PTQ at W2A2, which takes it from 98 % to 50 %."""
-    noise = {"weight_bits": 2, "activation_bits": 2, "warmup_epochs": 8, "ramp_epochs": 4}
-    config = settings(
-        epochs=16, batch_size=64, model_options=NARROW, label_smoothing=0.1, swa_start=0.75
-    )
-    losses = {}
-    for name, kinds in (
-        ("dnq", {}),
-        ("swa", {"weight_noise": "none", "activation_noise": "none"}),
-    ):
-        dnq = DnqConfig(**noise, **kinds)
-        result = run(config, Dnq(dnq), tmp_path / name)
-        batches = calibration_images(result.data, config, 100)
-        quantized = quantize_after_training(result.model, dnq.qconfig(), batches)
-        losses[name] = evaluate(quantized, result.data.test)["test_loss"]
-        assert result.test_accuracy > 0.93
-    assert losses["dnq"] < 0.7 * losses["swa"]
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -341,7 +307,10 @@ def test_it_helps_at_two_bits(tmp_path):
         ({"decay": 1.0}, r"dnq: decay must be in \[0, 1\), got 1.0"),
         ({"warmup_epochs": -1}, "dnq: warmup_epochs must be a whole number of at least 0, got -1"),
         ({"ramp_epochs": 1.5}, "dnq: ramp_epochs must be a whole number of at least 0, got 1.5"),
-        ({"calibration_images": 0}, "dnq: calibration_images must be a whole number of at least 1"),
+        ({"calibration_images": 1}, "dnq: calibration_images must be a whole number of at least 2"),
+        ({"weight_bits": None}, "dnq: weight_bits must be a whole number, got None"),
+        ({"p": "0.5"}, r"dnq: p must be in \[0, 1\], got '0.5'"),
+        ({"permanent": "yes"}, "dnq: permanent must be true or false, got 'yes'"),
         ({"permanent": True, "weight_noise": "none"}, "dnq: permanent must be false without"),
         ({"method": "entropy"}, "method must be one of minmax"),
     ],
@@ -363,5 +332,5 @@ def test_bad_config(changed, words):
 )
 def test_a_run_that_cannot_start_leaves_nothing(tmp_path, changed, words):
     with pytest.raises(ValueError, match=words):
-        run(settings(), Dnq(DnqConfig(**{**NOISY, **changed})), tmp_path / "run")
+        train(settings(), Dnq(DnqConfig(**{**NOISY, **changed})), tmp_path / "run", cpu=True)
     assert not list(tmp_path.iterdir())

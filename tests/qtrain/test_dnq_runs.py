@@ -10,12 +10,14 @@ import time
 import pytest
 import torch
 from qtrain.dnq import Dnq, DnqConfig
-from qtrain.dnq_run import PRESETS, phases, settings_for
+from qtrain.dnq_run import PRESETS, PtqPlan, phases, run_dnq, settings_for
+from qtrain.models import MODELS
 from qtrain.report import RESULTS
 from qtrain.rundir import CHECKPOINT, METRICS, MODEL, load_model_file, read_checkpoint, read_metrics
 from qtrain.study import STUDIES, Score, accuracy_table, difference_table, paired
 from test_commands import call, one_line
-from test_dnq import run, settings
+from test_dnq import settings
+from test_dnq_train import run
 from test_loop import Killed, bits
 
 QUICK = ["--adaround-iterations", "0", "--ptq-bits", "3", "--cpu"]
@@ -187,9 +189,10 @@ def test_the_command_leaves_a_run(finished):
     # float; two widths by three ranges, folded or not, and AdaRound
     assert len(rows) == 1 + 2 * (3 * 2 + 1)
     assert rows[0]["bits"] is None and all(0 <= row["accuracy"] <= 1 for row in rows)
-    before = (out / RESULTS).read_bytes()
+    # called again it is read back
+    stamps = {file: file.stat().st_mtime_ns for file in (out / RESULTS, out / MODEL)}
     assert "W2A2" in call("dnq", "--out", out, *how, *NET).output
-    assert (out / RESULTS).read_bytes() == before
+    assert stamps == {file: file.stat().st_mtime_ns for file in stamps}
     # the model is a float one, for ptq and the like
     assert "W4A4" in call("ptq", out, "--out", out.parent / "ptq", "--bits", 4).output
     _, meta = load_model_file(out)
@@ -208,7 +211,11 @@ def test_the_command_leaves_a_run(finished):
             "at most the 40 epochs of the run, got 39",
         ),
         (["--calibration-images", "1298"], "at most the 1297 training examples, got 1298"),
-        (["--method", "percentile"], "percentile"),
+        (["--percentile", "99"], "percentile must be None unless a method is percentile, got 99"),
+        (["--set", "swa_lr=-1"], "train: swa_lr must be positive and finite, got -1"),
+        (["--set", "momentum=-1"], "train: momentum must be in"),
+        (["--set", "model_options.widths=[4,8]"], "widths and strides must be equally many, got 2"),
+        (["--dataset", "shapes", "--set", "data_options.train_size=80"], "at most the 80 training"),
         (["--ptq-bits", "8,0"], "--ptq-bits: it must be whole numbers from 1 to 16"),
         (["--ptq-bits", ""], "--ptq-bits: it must be whole numbers from 1 to 16"),
         (["--set", "nesterov=1"], "train: nesterov must be true or false, got 1"),
@@ -225,7 +232,48 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, words):
 @pytest.mark.parametrize("name", ["--weight-bits", "--activation-bits"])
 def test_no_bits_are_refused_by_the_command_line(tmp_path, name):
     outcome = call("dnq", "--out", tmp_path / "run", name, "0", code=2)
-    assert "1<=x<=16" in outcome.stderr and not list(tmp_path.iterdir())
+    assert name in outcome.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"bits": ()}, "ptq: bits must be at least one, got none"),
+        ({"bits": (0,)}, "bits must be .*16.* got 0"),
+        ({"methods": ("entropy",)}, "method must be one of"),
+        ({"folds": ()}, "ptq: folds must be at least one"),
+        ({"percentile": 200.0}, "percentile must be"),
+        ({"first_last_bits": 99}, "first_last_bits must be in 1..16"),
+    ],
+)
+def test_bad_plans(changed, words):
+    with pytest.raises(ValueError, match=words):
+        PtqPlan(**changed)
+
+
+def test_a_model_that_cannot_be_folded_is_not_trained(tmp_path, monkeypatch):
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.head(x.flatten(1)) if x.sum() > 0 else self.head(-x.flatten(1))
+
+    monkeypatch.setitem(MODELS, "branching", lambda *sizes, **options: Branching())
+    config = settings(model="branching", model_options={}, epochs=1)
+    with pytest.raises(ValueError, match=r"must be one that torch\.fx can trace"):
+        run_dnq(config, DnqConfig(), tmp_path / "run", cpu=True, quiet=True)
+    assert not list(tmp_path.iterdir())
+    rows = run_dnq(
+        config,
+        DnqConfig(),
+        tmp_path / "run",
+        plan=PtqPlan(bits=(4,), folds=(False,), adaround=None),
+        cpu=True,
+        quiet=True,
+    )
+    assert len(rows) == 4
 
 
 def test_another_config_is_another_run(finished):
@@ -243,6 +291,9 @@ def test_presets():
         assert settings_for(preset, lr=0.01).lr == 0.01
     other = settings_for("shapes", model="cnn")
     assert other.model_options == {} and other.data_options["difficulty"] == 0.7
+    small = settings_for("shapes", data_options={"train_size": 64}, model_options={"width": 4})
+    assert small.data_options == {"difficulty": 0.7, "train_size": 64}
+    assert small.model_options == {"width": 4}
     elsewhere = settings_for("paper", dataset="shapes", data_options={"train_size": 64})
     assert elsewhere.data_options == {"train_size": 64} and elsewhere.epochs == 400
 
@@ -268,6 +319,16 @@ def test_study(tmp_path):
     assert stamps == {run: (run / MODEL).stat().st_mtime_ns for run in runs}
     assert (tmp_path / "controls" / RESULTS).read_bytes() == before
     assert "discrete" in (tmp_path / "discrete" / "report.md").read_text()
+    # a clash is found before anything is run
+    clash = one_line(call(*arguments, "--lr", "0.5", "--seeds", 3, code=2))
+    assert "train.lr (0.05 there, 0.5 asked for)" in clash
+    assert len(list((tmp_path / "runs").glob("*/*/seed*"))) == len(runs) + 4
+    few = ["--dataset", "shapes", "--set", "data_options.train_size=200"]
+    error = one_line(call("dnq-study", "calibration", "--out", tmp_path / "x", *few, code=2))
+    assert "at most the 200 training examples, got 1024" in error
+    error = one_line(call("dnq-study", "--set", "seed=7", "--out", tmp_path / "x", code=2))
+    assert "seed must be left to --seeds" in error
+    assert not (tmp_path / "x").exists()
     error = one_line(call("dnq-study", "all", "--out", tmp_path / "x", code=2))
     assert "study must be one of controls, parts, ramps" in error
 

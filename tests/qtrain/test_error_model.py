@@ -10,11 +10,11 @@ import torch
 from qtrain.error_model import (
     LayerErrors,
     Reservoir,
-    activation_errors,
     error_model,
     from_gauss,
+    summarize_inputs,
+    summarize_weight,
     summary,
-    weight_errors,
 )
 from qtrain.error_report import UNIFORM_FROM_GAUSS, plot_histograms, rich_table
 from qtrain.models import Cnn
@@ -26,7 +26,8 @@ from torch import nn
 from qkernels import error_stats
 from qkernels.nn import QConfig, QuantSpec, calibrate, prepare
 
-QUIET = {"track": Track(1, "", quiet=True)}
+# no bar, and all layers alike
+PLAIN = {"track": Track(1, "", quiet=True), "first_last_bits": None}
 
 
 def rng(seed=0):
@@ -52,7 +53,7 @@ def test_uniform_weights_have_uniform_errors():
     layer = nn.Linear(4096, 4)
     nn.init.uniform_(layer.weight, -1, 1)
     model = nn.Sequential(layer)
-    (found,) = error_model(model, [torch.randn(4, 4096)], bits=[4], **QUIET)
+    (found,) = error_model(model, [torch.randn(4, 4096)], bits=[4], **PLAIN)
     e, n = found.weight, 4 * 4096
     assert (e.count, e.sampled, e.bits) == (n, n, 4)
     assert e.uniform < 1.6 / math.sqrt(n)
@@ -79,7 +80,7 @@ def test_weights_on_the_grid_have_no_errors():
         layer.weight.copy_(codes / 8)
     spec = QuantSpec(4, axis=0, symmetric=True, narrow_range=True)
     model = prepare(nn.Sequential(layer), QConfig(spec, None, first_last_bits=None))
-    e = weight_errors(model[0], 1000, rng())
+    e = summarize_weight(model[0], 1000, rng())
     assert (e.mean, e.std, e.least, e.greatest, e.mean_abs, e.zeros) == (0, 0, 0, 0, 0, 1)
     nothing = (e.gauss, e.gauss_channels, e.uniform, e.gauss_rest, e.uniform_rest, e.kurtosis)
     assert nothing == (None,) * 6 and e.sqnr is None and e.histogram == []
@@ -88,7 +89,7 @@ def test_weights_on_the_grid_have_no_errors():
     with torch.no_grad():
         layer.weight[0, 3] += 0.03
     model = prepare(nn.Sequential(layer), QConfig(spec, None, first_last_bits=None))
-    e = weight_errors(model[0], 1000, rng())
+    e = summarize_weight(model[0], 1000, rng())
     assert e.zeros == 63 / 64 and e.mean_abs == pytest.approx(0.03 / 64) and e.gauss > 0.4
 
 
@@ -96,7 +97,7 @@ def test_a_layer_of_zeros(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    found = error_model(model, [torch.randn(8, 4)], bits=[2], **QUIET)
+    found = error_model(model, [torch.randn(8, 4)], bits=[2], **PLAIN)
     assert [row.ratio for row in found] == [None, None]
     assert found[1].activation.zeros == 1 and found[1].activation.uniform is None
     assert "NaN" not in json.dumps([asdict(row) for row in found])
@@ -124,17 +125,49 @@ def test_channels_are_standardized_one_by_one(transposed):
     with torch.no_grad():
         layer.weight.movedim(1 if transposed else 0, 0)[2:] *= 100
     x = torch.randn(2, 2048, 3) if transposed else torch.randn(4, 4096)
-    (found,) = error_model(nn.Sequential(layer), [x], bits=[4], **QUIET)
+    (found,) = error_model(nn.Sequential(layer), [x], bits=[4], **PLAIN)
     assert found.weight.gauss > 0.2
     assert found.weight.gauss_channels == pytest.approx(UNIFORM_FROM_GAUSS, abs=0.01)
     assert found.weight.uniform < 0.015
+
+
+def test_channels_are_centred():
+    """Weights that lie beside the grid: one channel's errors are -0.25 and a little, the other's
+    0.25. Each less its mean is uniform, and Gaussian models of both must be shifted."""
+    torch.manual_seed(0)
+    codes = torch.arange(4096) % 13 - 6.0
+    layer = nn.Linear(4096, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(codes + 0.2 * (torch.rand(2, 4096) - 0.5))
+        layer.weight[0] += 0.25
+        layer.weight[1] -= 0.25
+        layer.weight[:, 0] = 7  # the step is 1
+    spec = QuantSpec(4, axis=0, symmetric=True, narrow_range=True)
+    model = prepare(nn.Sequential(layer), QConfig(spec, None, first_last_bits=None))
+    e = summarize_weight(model[0], 10**6, rng())
+    assert e.mean == pytest.approx(0, abs=1e-3) and e.std == pytest.approx(0.257, abs=0.002)
+    assert e.gauss > 0.2 and e.gauss_channels == pytest.approx(UNIFORM_FROM_GAUSS, abs=0.015)
+    # drawn so, too: one hill of standardized errors, but for the two weights of 7
+    assert sum(e.histogram) == e.sampled
+    inner = np.array(e.histogram)[np.linspace(*e.span, len(e.histogram)) ** 2 < 3.5]
+    assert inner.sum() == e.sampled - 2
+
+
+def test_channels_without_variance_are_left_out():
+    spec = QuantSpec(4, axis=0, symmetric=True, narrow_range=True)
+    layer = nn.Linear(64, 2, bias=False)
+    with torch.no_grad():
+        layer.weight[0] = torch.arange(64) % 15 - 7.0
+    model = prepare(nn.Sequential(layer), QConfig(spec, None, first_last_bits=None))
+    e = summarize_weight(model[0], 10**6, rng())
+    assert e.sampled == 128 and sum(e.histogram) == 64
 
 
 def test_rest_leaves_out_exact_zeros():
     """Behind a ReLU half of the inputs is 0 and has no error."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-    found = error_model(model, [torch.randn(512, 64)], bits=[8], **QUIET)
+    found = error_model(model, [torch.randn(512, 64)], bits=[8], **PLAIN)
     behind = found[1].activation
     assert behind.zeros == pytest.approx(0.5, abs=0.05)
     assert behind.uniform == pytest.approx(behind.zeros / 2, abs=0.03)
@@ -167,8 +200,8 @@ def all_errors(model, batches, name):
 def test_agreement_with_error_stats(method, fold):
     batches = some_batches()
     how = {"method": method, "fold": fold, "bits": [3], "samples": 10**6}
-    found = error_model(a_model(), batches, **how, **QUIET)
-    few = error_model(a_model(), batches, **{**how, "samples": 500}, **QUIET)
+    found = error_model(a_model(), batches, **how, **PLAIN)
+    few = error_model(a_model(), batches, **{**how, "samples": 500}, **PLAIN)
     qconfig = ptq_qconfig(method, 3, 3, first_last_bits=None)
     quantized = quantize_after_training(a_model(), qconfig, batches, fold=fold)
     assert [row.layer for row in found] == ["features.0.0", "features.1.0", "head"]
@@ -200,8 +233,8 @@ def test_inputs_are_those_of_the_quantized_model():
     with torch.no_grad():
         for x, _ in batches:
             float_model(x)
-    float_inputs = activation_errors(quantized.head, seen)
-    found = error_model(a_model(), batches, bits=[2], samples=10**6, **QUIET)[-1].activation
+    float_inputs = summarize_inputs(quantized.head, seen)
+    found = error_model(a_model(), batches, bits=[2], samples=10**6, **PLAIN)[-1].activation
     of_input, _, _ = all_errors(quantized, batches, "head")
     assert found.std == pytest.approx(of_input.std.item(), rel=1e-4)
     assert abs(found.std / float_inputs.std - 1) > 0.01
@@ -212,14 +245,14 @@ def test_other_kinds_of_layers_and_ranges():
     torch.manual_seed(0)
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3))
     x = torch.randn(8, 4, 5, 5)
-    (found,) = error_model(model, [x], bits=[4], **QUIET)
+    (found,) = error_model(model, [x], bits=[4], **PLAIN)
     weight = model[0].weight.detach()
     stats = error_stats(weight, bits=4, axis=1, symmetric=True)
     assert found.weight.mean == pytest.approx(stats.mean.mean().item(), abs=1e-7)
     prepared = prepare(model, QConfig.minmax(4, 4, first_last_bits=None))
     calibrate(prepared, [x])
     assert prepared[0].weight_fake_quant.spec.dynamic
-    assert weight_errors(prepared[0], 10**6, rng()) == found.weight
+    assert summarize_weight(prepared[0], 10**6, rng()) == found.weight
 
 
 # the function's arguments
@@ -228,7 +261,7 @@ def test_other_kinds_of_layers_and_ranges():
 def test_same_seed_same_figures_and_the_model_is_left_alone():
     model, batches = a_model().train(), some_batches()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    how = {"bits": (4, 2), "samples": 300, **QUIET}
+    how = {"bits": (4, 2), "samples": 300, **PLAIN}
     first = error_model(model, batches, **how)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -243,7 +276,7 @@ def test_same_seed_same_figures_and_the_model_is_left_alone():
 def test_batches_of_any_form():
     x, y = some_batches()[0]
     forms = [(x, y), [x], x, {"x": x, "y": y}]
-    found = [error_model(a_model(), [form], bits=[4], **QUIET) for form in forms]
+    found = [error_model(a_model(), [form], bits=[4], **PLAIN) for form in forms]
     assert all(rows == found[0] for rows in found)
 
 
@@ -256,9 +289,11 @@ def test_first_last_bits_and_a_layer_that_is_never_called(tmp_path):
         def forward(self, x):
             return self.two(self.one(x))
 
-    found = error_model(Lazy(), [torch.randn(16, 8)], bits=[2], first_last_bits=6, **QUIET)
+    found = error_model(Lazy(), [torch.randn(16, 8)], bits=[2], **{**PLAIN, "first_last_bits": 6})
     assert [row.weight.bits for row in found] == [6, 2, 6]
     assert found[1].activation is None and found[1].ratio is None
+    default = error_model(Lazy(), [torch.randn(16, 8)], bits=[2], track=PLAIN["track"])
+    assert [row.weight.bits for row in default] == [8, 2, 8]
     assert found[0].ratio == found[0].activation.mean_abs / found[0].weight.mean_abs
     plot_histograms(tmp_path / "x.png", found)
 
@@ -279,13 +314,13 @@ def test_first_last_bits_and_a_layer_that_is_never_called(tmp_path):
 def test_bad_arguments(wrong, text):
     arguments = {"batches": some_batches(), **wrong}
     with pytest.raises(ValueError, match=text):
-        error_model(a_model(), arguments.pop("batches"), **arguments, **QUIET)
+        error_model(a_model(), arguments.pop("batches"), **arguments, **PLAIN)
 
 
 def test_a_model_that_is_quantized_already():
     prepared = prepare(a_model(), QConfig.minmax(4, 4))
     with pytest.raises(ValueError, match="must be a float model"):
-        error_model(prepared, some_batches(), **QUIET)
+        error_model(prepared, some_batches(), **PLAIN)
 
 
 # the sample

@@ -1,5 +1,6 @@
 """The report of quantization errors, and the command error-model end to end."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -16,10 +17,26 @@ from qtrain.error_report import (
     report_text,
 )
 from qtrain.progress import Track
+from qtrain.report import markdown_grid, rich_grid
 from qtrain.rundir import CONFIG
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
+
+
+def test_grids_of_awkward_names():
+    head, rows = ["x", "clean\nloss"], [["[a]|" + 40 * "b", "1\n± 2"]]
+    grid = markdown_grid(head, rows, left=1)
+    assert grid.splitlines() == [
+        "| x | clean loss |",
+        "|---|---:|",
+        "| [a]\\|" + 40 * "b" + " | 1 ± 2 |",
+    ]
+    console = Console(file=io.StringIO(), record=True, width=30)
+    console.print(rich_grid(head, rows, "", left=1, narrow=True))
+    shown = console.export_text()
+    assert "[a]|" in shown and shown.count("b") == 40
 
 
 def test_a_deep_net_is_shown_in_part(tmp_path):
@@ -32,11 +49,18 @@ def test_a_deep_net_is_shown_in_part(tmp_path):
     rows = [replace(row, layer=f"layer{i}") for i in range(53)]
     plot_histograms(tmp_path / "x.png", rows)
     recipe = {"method": "percentile", "percentile": 99.9, "images": 9, "fold": False}
+    recipe["first_last_bits"] = 8
     config = {"train": {"model": "m", "dataset": "d", "seed": 3}, "recipe": recipe}
     text = report_text(config, rows, {4: "x.png"})
     assert "12 of 53 layers: the first 4, 4 in the middle, the last 4." in text
-    assert "percentile 99.9" in text and "not folded. Seed 3" in text
+    assert "percentile 99.9" in text and "not folded." in text and "Seed 3." in text
+    assert "First and last layer: at least 8 bits." in text
     assert text.count("| layer52 |") == 3
+    assert text.count("KS rest uniform") == 1
+    # what qkernels takes where no percentile is given
+    default = {**config, "recipe": {**recipe, "percentile": None, "first_last_bits": None}}
+    text = report_text(default, rows, {4: "x.png"})
+    assert "ranges by percentile 99.0 over" in text and "has the bits of the others" in text
 
 
 def call(*arguments, code=0):
@@ -56,7 +80,8 @@ def test_command(float_dir, tmp_path):
     out = tmp_path / "errors"
     command = ["error-model", float_dir, "--out", out, "--bits", "4,2"]
     outcome = call(*command)
-    assert outcome.output.count("features.3.0") == 2 and "report.md" in outcome.output
+    assert outcome.output.count("features.3.0") == 2 and "SQNR" in outcome.output
+    assert "report.md" in outcome.output
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     pictures = {RATIOS, DISTANCES, "errors_4_bits.png", "errors_2_bits.png"}
     assert set(files) == {CONFIG, "results.json", "report.md", *pictures}
@@ -65,7 +90,8 @@ def test_command(float_dir, tmp_path):
     assert [(row.bits, row.layer) for row in rows][4:6] == [(4, "head"), (2, "features.0.0")]
     # 100 images of 8x8 pixels
     assert rows[0].activation.count == 6400
-    for row in rows[5:]:
+    assert [row.weight.bits for row in rows] == [8, 4, 4, 4, 8, 8, 2, 2, 2, 8]
+    for row in rows[6:9]:
         assert row.weight.sqnr < 15 and row.ratio > 0
     # again, from the results and afresh: the same bytes
     for extra in ([], ["--overwrite"]):
@@ -73,6 +99,31 @@ def test_command(float_dir, tmp_path):
         assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     other = call(*command, "--seed", 1, code=2)
     assert "train.seed (0 there, 1 asked for)" in other.stderr
+
+
+def test_command_gives_the_first_and_last_layer_their_bits(float_dir, tmp_path):
+    for given, bits in ((6, 6), (0, 2)):
+        out = tmp_path / str(given)
+        call("error-model", float_dir, "--out", out, "--bits", 2, "--first-last-bits", given)
+        rows = json.loads((out / "results.json").read_text())["layers"]
+        for side in ("weight", "activation"):
+            assert [row[side]["bits"] for row in rows] == [bits, 2, 2, 2, bits]
+
+
+def test_a_finished_run_is_read_back(float_dir, tmp_path):
+    command = ["error-model", float_dir, "--out", tmp_path, "--bits", 4]
+    before = call(*command).output
+    file = tmp_path / "results.json"
+    kept = json.loads(file.read_text())
+    kept["layers"][1]["weight"]["sqnr"] = 77.7
+    file.write_text(json.dumps(kept))
+    after = call(*command).output
+    assert "77.7" in after and "77.7" not in before
+    assert "77.7" in (tmp_path / "report.md").read_text()
+    for damage in ({}, {"layers": [{"layer": "x"}]}, {"layers": [{**kept["layers"][0], "y": 1}]}):
+        file.write_text(json.dumps(damage))
+        (line,) = call(*command, code=2).stderr.strip().splitlines()
+        assert f"error-model: {file} must hold the results" in line and "--overwrite" in line
 
 
 @pytest.mark.parametrize(

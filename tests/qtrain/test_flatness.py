@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from qtrain.cli import app
 from qtrain.data import load_dataset
 from qtrain.flatness import (
+    Flatness,
     Probing,
     flatness_of,
     loss_under_noise,
@@ -17,7 +19,8 @@ from qtrain.flatness import (
     sample_batches,
     weight_noise,
 )
-from qtrain.hessian import cross_entropy
+from qtrain.flatness_report import plot_noise, tables
+from qtrain.hessian import CrossEntropy, cross_entropy
 from qtrain.models import build_model
 from qtrain.progress import Track
 from qtrain.rundir import MODEL, load_model_file
@@ -156,6 +159,66 @@ def test_tied_and_frozen_weights_get_noise_once():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("width", [None, 4])
+def test_projections_of_attention_get_noise(width):
+    """One packed matrix, or three where keys have a width of their own."""
+    model = nn.MultiheadAttention(6, 2, kdim=width)
+    packed = ["in_proj_weight"] if width is None else [f"{c}_proj_weight" for c in "qkv"]
+    before = copy.deepcopy(model.state_dict())
+    with weight_noise(model, 0.5, qkernels.Noise(3)):
+        moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert moved == {*packed, "out_proj.weight"}
+        w = before[packed[0]]
+        place = qkernels.Noise(3).at(packed[0], kind="flatness")
+        rms = w.square().mean(1).sqrt()
+        expected = qkernels.drop_in_noise(w, (0.0, rms), p=1.0, axis=0, ramp=0.5, **place)
+        assert torch.equal(model.get_parameter(packed[0]), expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_is_written_down(tmp_path):
+    """Under one size of noise; what was measured besides stays."""
+    model, batches = conv_net(), batches_of([15])
+
+    def loss(model, batch):
+        value = cross_entropy(model, batch)
+        return value * math.inf if float(value.detach()) > 2 else value
+
+    sizes = (0.0, 0.01, 9.0)
+    found = measure_flatness(model, batches, loss=loss, probing=replace(SMALL, sizes=sizes))
+    assert found.noise[1].loss > 0 and found.noise[1].loss_std is not None
+    assert found.noise[2].loss is None and None in found.noise[2].losses
+    text = json.dumps(found.to_dict())
+    assert "Infinity" not in text and Flatness.from_dict(json.loads(text)) == found
+    rows = tables({"a|b": found})["Rise of the loss under weight noise of relative size r"]
+    assert rows[1][-1] == "not\nfinite"
+    assert rows[1][2].startswith(f"{found.noise[1].loss - found.loss:.3g}\n± ")
+    # a loss of its own has no accuracy
+    assert len(tables({"a": found})) == 2
+    plot_noise(tmp_path / "x.png", {"a": found})
+
+
+def test_label_smoothing():
+    model, batches = conv_net(), batches_of([15])
+    smooth = CrossEntropy(0.2)
+    found = measure_flatness(model, batches, loss=smooth, probing=SMALL)
+    plain = measure_flatness(model, batches, probing=SMALL)
+    x, y = batches[0]
+    expected = nn.functional.cross_entropy(model.eval()(x), y, label_smoothing=0.2)
+    assert found.loss == expected.item() != plain.loss
+    assert found.accuracy == plain.accuracy and found.trace != plain.trace
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
+        CrossEntropy(1.0)
+
+
+def test_a_model_without_a_second_derivative():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Hardsigmoid()).double()
+    with pytest.raises(NotImplementedError, match="model must be twice differentiable, got"):
+        measure_flatness(model, batches_of([4]), probing=SMALL)
+    (noisy,) = loss_under_noise(model, batches_of([4]), sizes=(0.1,))
+    assert noisy.loss > 0
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
@@ -183,7 +246,7 @@ def test_bad_models_and_batches():
         measure_flatness(copy.deepcopy(model).requires_grad_(False), batches)
     with pytest.raises(ValueError, match="a float model, got one with fake quantizers"):
         measure_flatness(prepare(model, QConfig.minmax(4, 4)), batches)
-    with pytest.raises(ValueError, match="a Conv or Linear layer, got none"):
+    with pytest.raises(ValueError, match="a Conv, Linear or attention layer, got none"):
         measure_flatness(nn.BatchNorm2d(1), batches)
     model[7].weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="loss must be finite, got nan"):
@@ -198,7 +261,8 @@ def call(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two float runs of different models, and a file that says it is quantized."""
+    """Two float runs of different models, a file that says it is quantized, and one that says it
+    was trained with label smoothing."""
     base = tmp_path_factory.mktemp("runs")
     for name, widths in (("narrow", "[4,4,4,4]"), ("wide", "[4,8,8,8]")):
         how = ["--epochs", 1, "--cpu", "--set", f"model_options.widths={widths}"]
@@ -206,6 +270,8 @@ def runs(tmp_path_factory):
     weights, meta = load_model_file(base / "wide")
     header = {"qtrain": json.dumps({**meta, "recipe": {"name": "ptq"}})}
     save_file(weights, base / "quantized.safetensors", metadata=header)
+    smooth = {**meta, "train": {**meta["train"], "label_smoothing": 0.1}}
+    save_file(weights, base / "smooth.safetensors", metadata={"qtrain": json.dumps(smooth)})
     return base
 
 
@@ -216,7 +282,8 @@ def test_command(runs, tmp_path):
     out = tmp_path / "flatness"
     pair = (runs / "narrow", runs / "wide" / MODEL)
     text = call("flatness", *pair, "--out", out, *QUICK, "--sizes", "0,0.1,0.5").output
-    assert "top eigenvalue" in text and "r=0.5" in text and "report.md" in text
+    assert "eigenvalue" in text and "smallest" in text and "report.md" in text
+    assert text.count("r=0.5") == 2  # loss and accuracy
     first = (out / "results.json").read_bytes()
     results = json.loads(first)["results"]
     assert list(results) == ["narrow", "wide"]
@@ -226,10 +293,43 @@ def test_command(runs, tmp_path):
     assert wide["trace_per_parameter"] == wide["trace"]["mean"] / wide["parameters"]
     assert len(wide["trace"]["values"]) == 2 and len(wide["noise"][1]["losses"]) == 2
     report = (out / "report.md").read_text()
-    assert "| wide |" in report and "flatness.png" in report and "60 examples" in report
+    assert report.count("| wide |") == 3 and "flatness.png" in report and "60 examples" in report
+    assert "label smoothing 0, as in training." in report
     assert (out / "flatness.png").read_bytes().startswith(b"\x89PNG")
-    call("flatness", *pair, "--out", out, *QUICK, "--sizes", "0,0.1,0.5")
+    command = ["flatness", *pair, "--out", out, *QUICK, "--sizes", "0,0.1,0.5"]
+    assert call(*command).output == text
     assert (out / "results.json").read_bytes() == first
+    # read back, and not measured again
+    changed = json.loads(first)
+    changed["results"]["wide"]["top"]["value"] = 1234.0
+    (out / "results.json").write_text(json.dumps(changed))
+    assert "1234" in call(*command).output and "1234" in (out / "report.md").read_text()
+    del changed["results"]["wide"]["trace"]
+    (out / "results.json").write_text(json.dumps(changed))
+    (line,) = call(*command, code=2).stderr.strip().splitlines()
+    assert f"{out}/results.json must hold the results" in line and "--overwrite" in line
+    call(*command, "--overwrite")
+    assert (out / "results.json").read_bytes() == first
+
+
+def test_the_loss_is_that_of_training(runs, tmp_path):
+    how = [*QUICK, "--sizes", "0", "--out"]
+    smooth, wide = runs / "smooth.safetensors", runs / "narrow"
+    for number, (given, settings, text) in enumerate(
+        [
+            ([smooth], [], "label smoothing 0.1, as in training."),
+            ([smooth, wide], [], "smoothing 0 for all; trained with: smooth.safetensors 0.1, "),
+            ([wide], ["--label-smoothing", 0.3], "smoothing 0.3 for all; trained with: narrow 0."),
+        ]
+    ):
+        out = tmp_path / str(number)
+        call("flatness", *given, *settings, *how, out)
+        assert text in (out / "report.md").read_text()
+    losses = [
+        json.loads((tmp_path / number / "results.json").read_text())["results"][name]["loss"]
+        for number, name in (("0", "smooth.safetensors"), ("1", "smooth.safetensors"))
+    ]
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(
@@ -244,11 +344,15 @@ def test_command(runs, tmp_path):
         (["--sizes", "0;1"], "--sizes: it must be numbers with commas between them, got '0;1'"),
         (["{runs}/quantized.safetensors"], "must be of a float model, got one of ptq"),
         (["{runs}/wide"], "checkpoints must be different paths"),
+        (["{base}/copy.safetensors"], "must be different models, got the same in wide and copy."),
+        (["--label-smoothing", 1.0], "label_smoothing must be in [0, 1), got 1.0"),
         (["{runs}/nothing"], "nothing must be a model.safetensors or a run directory"),
     ],
 )
-def test_command_errors_are_one_line(runs, tmp_path, arguments, rule):
-    arguments = [str(a).format(runs=runs) for a in arguments]
+def test_command_errors_are_one_line(runs, tmp_path, tmp_path_factory, arguments, rule):
+    base = tmp_path_factory.mktemp("copies")
+    shutil.copy(runs / "wide" / MODEL, base / "copy.safetensors")
+    arguments = [str(a).format(runs=runs, base=base) for a in arguments]
     outcome = call("flatness", runs / "wide", *QUICK, *arguments, "--out", tmp_path / "x", code=2)
     (line,) = outcome.stderr.strip().splitlines()
     assert line.startswith("error: ") and rule in line

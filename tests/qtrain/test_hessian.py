@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,6 +124,9 @@ def test_trace_and_its_error():
     assert found.standard_error * math.sqrt(1000) == pytest.approx(math.sqrt(variance), rel=0.15)
     fewer = hessian_trace(model, batches, probes=3)
     assert fewer.values == found.values[:3]
+    middle = sum(fewer.values) / 3
+    spread = math.sqrt(sum((value - middle) ** 2 for value in fewer.values) / 2)
+    assert fewer.standard_error == pytest.approx(spread / math.sqrt(3), rel=1e-12)
     assert hessian_trace(model, batches, probes=1).standard_error is None
     assert hessian_trace(model, batches, probes=3, seed=1).values != fewer.values
 
@@ -159,6 +164,64 @@ def test_an_eigenvalue_that_has_not_converged_says_so():
     # the residual's promise: an eigenvalue that near
     assert min(abs(found.value - k) for k in range(1, 41)) <= found.residual
     assert ticks.done == 4
+
+
+def test_a_group_below_the_top_is_not_taken_for_it():
+    """With its small residual the first few iterations would settle on it, for a third of these
+    seeds."""
+    group = [torch.linspace(0, 0.3, 2000), torch.ones(50), torch.tensor([1.02])]
+    model = Quadratic(torch.diag(torch.cat(group)))
+    for seed in range(10):
+        found = top_eigenvalue(model, [torch.zeros(1)], loss=quadratic_loss, seed=seed)
+        assert found.converged and found.value == pytest.approx(1.02, abs=1e-3)
+    # the same residual after five is no proof
+    few = [
+        top_eigenvalue(model, [torch.zeros(1)], loss=quadratic_loss, seed=seed, iterations=5)
+        for seed in range(10)
+    ]
+    assert any(found.residual < 1e-3 * found.value for found in few)
+    assert not any(found.converged for found in few)
+
+
+def test_a_model_without_a_second_derivative():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 3)).double()
+    batch = (torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
+    rule = "flatness: model must be twice differentiable, got .*hardsigmoid_backward"
+    with pytest.raises(NotImplementedError, match=rule):
+        hessian_trace(model, [batch], probes=1)
+    with pytest.raises(NotImplementedError, match=rule):
+        top_eigenvalue(model, [batch])
+
+
+def test_an_error_of_the_model_stays_what_it_is():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    wrong = (torch.randn(5, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        hessian_trace(model, [wrong], probes=1)
+    assert not isinstance(caught.value, NotImplementedError)
+
+
+def test_tf32_settings_of_either_api_are_left_alone():
+    """In a process of its own, for the new settings cannot be taken back by the old ones."""
+    code = """
+import torch
+if hasattr(torch.backends, "fp32_precision"):
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+cudnn = torch.backends.cudnn
+cudnn.benchmark = True
+from qtrain.hessian import hessian_trace, standing_still
+model = torch.nn.Linear(3, 2)
+with standing_still(model):
+    assert (cudnn.benchmark, cudnn.deterministic, model.training) == (False, True, False)
+assert (cudnn.benchmark, cudnn.deterministic, model.training) == (True, False, True)
+print(hessian_trace(model, [(torch.ones(1, 3), torch.tensor([1]))], probes=8).mean > 0)
+if hasattr(torch.backends, "fp32_precision"):
+    assert torch.backends.fp32_precision == "tf32"
+    assert cudnn.conv.fp32_precision == "ieee"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_what_the_loss_does_not_see_has_no_curvature():

@@ -201,7 +201,7 @@ def test_divergence_is_an_error(tmp_path):
     [
         ({"epochs": 0}, "train: epochs must be at least 1, got 0"),
         ({"epochs": 1.5}, "train: epochs must be a whole number, got 1.5"),
-        ({"lr": -1.0}, "train: lr must be positive, got -1.0"),
+        ({"lr": -1.0}, "train: lr must be positive and finite, got -1.0"),
         ({"lr": "high"}, "train: lr must be a number, got 'high'"),
         ({"clip": True}, "train: clip must be a number or null, got True"),
         ({"warmup": 1.0}, "train: warmup must be in"),

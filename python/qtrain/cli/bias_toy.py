@@ -20,7 +20,8 @@ def bias_toy(
     mean: Annotated[float, typer.Option(help="Size of the noise's mean.")] = 0.1,
     std: Annotated[float, typer.Option(help="Size of the noise's deviation.")] = 0.2,
     lr: Annotated[float, typer.Option(help="Rate of gradient descent.")] = 0.5,
-    steps: Annotated[int, typer.Option(help="Steps; the last half is averaged over.")] = 800,
+    steps: Annotated[int, typer.Option(help="Steps of gradient descent.")] = 800,
+    late: Annotated[int, typer.Option(help="The last steps, over which is averaged.")] = 400,
     replicas: Annotated[int, typer.Option(help="Independent runs, for standard errors.")] = 32,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -41,7 +42,7 @@ def bias_toy(
         std=std,
         lr=lr,
         steps=steps,
-        late=max(1, steps // 2),
+        late=late,
         replicas=replicas,
         seed=seed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,27 +154,34 @@ def dnq_study(
     batch_size: BatchSize = None,
     lr: Rate = None,
     set_: Set = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make the runs of this study afresh.")
+    ] = False,
 ) -> None:
-    """Run DNQ and its controls over seeds: mean, standard deviation, paired differences.
+    """Run DNQ and its controls over seeds, on the CPU: mean, standard deviation, paired
+    differences.
 
     Runs that are there already are read back, so that a study can be stopped and gone on with.
     """
     from ..adaround import AdaRound
     from ..dnq import DnqConfig
-    from ..dnq_run import PtqPlan, phases
+    from ..dnq_run import phases
     from ..report import rich_grid
-    from ..study import accuracy_table, difference_table, run_study
+    from ..study import PLAN, accuracy_table, difference_table, run_study
+
+    if any(item.startswith("seed=") for item in set_ or []):
+        raise ValueError("--set: seed must be left to --seeds in a study, got one")
 
     given = {"model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr}
     config = _settings(dataset, preset, True, set_, **given)
-    plan = PtqPlan(
+    plan = replace(
+        PLAN,
         bits=whole_numbers("bits", bits, 1, 16),
-        methods=("minmax", "mse"),
-        folds=(True,),
         adaround=AdaRound(iterations=adaround_iterations) if adaround_iterations else None,
     )
     noise = DnqConfig(**phases(config.epochs))
-    scores = run_study(study, config, noise, out, seeds=range(seeds), plan=plan, jobs=jobs)
+    how: dict[str, Any] = {"plan": plan, "jobs": jobs, "overwrite": overwrite}
+    scores = run_study(study, config, noise, out, seeds=range(seeds), **how)
     console = Console()
     console.print(rich_grid(*accuracy_table(study, scores), f"{study}: test accuracy, %"))
     console.print(rich_grid(*difference_table(study, scores), "paired differences, points", left=3))

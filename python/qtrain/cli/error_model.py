@@ -24,7 +24,7 @@ def error_model(
         str, typer.Option(help="Range of weights and inputs: minmax, percentile or mse.")
     ] = "minmax",
     percentile: Annotated[float | None, typer.Option(help="For percentile: e.g. 99.9.")] = None,
-    first_last_bits: FirstLast = 0,
+    first_last_bits: FirstLast = 8,
     fold: Annotated[bool, typer.Option(help="Fold BatchNorm into the layers first.")] = True,
     seed: Seed = 0,
     dataset: Dataset = None,
