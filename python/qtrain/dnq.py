@@ -165,20 +165,18 @@ class Dnq(Recipe):
 
     def __init__(self, dnq: DnqConfig) -> None:
         self.dnq = dnq
-        self.per_epoch = 1
-        self.weights: list[_Weight] = []
-        self.handles: list[NoiseHandle] = []
-        # what discrete noise draws from: at a step, and at the step before an epoch's first one
-        self.errors: list[Tensor] = []
-        self.errors_before: list[Tensor] = []
-        self._stats: tuple[Any, Any] = (None, None)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self.dnq)}
 
     def bind(self, config: TrainConfig, data: Dataset) -> None:
         super().bind(config, data)
-        self.weights, self.handles = [], []
+        self.weights: list[_Weight] = []
+        self.handles: list[NoiseHandle] = []
+        # what discrete noise draws from: at a step, and at the step before an epoch's first one
+        self.errors: list[Tensor] = []
+        self.errors_before: list[Tensor] = []
+        self._stats: tuple[Any, Any] = (None, None)
         self.per_epoch = batch_count(data.train, config.batch_size)
         dnq, epochs = self.dnq, config.epochs
         end = dnq.warmup_epochs + dnq.ramp_epochs

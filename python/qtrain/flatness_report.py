@@ -210,7 +210,7 @@ def rich_tables(found: Mapping[str, Flatness]) -> list[Table]:
 def plot_noise(path: Path, found: Mapping[str, Flatness]) -> None:
     """Rise of the loss and accuracy over the size of the noise: mean, and a band of a standard
     deviation."""
-    canvas, (left, right) = figure(2)
+    canvas, (left, right) = figure(2, height=3.8 + 0.1 * len(found))
     for number, (name, result) in enumerate(found.items()):
         rises: list[tuple[float, list[float]]] = []
         shares: list[tuple[float, list[float]]] = []
@@ -232,7 +232,9 @@ def plot_noise(path: Path, found: Mapping[str, Flatness]) -> None:
     right.set(xlabel="r: noise / weights", ylabel="accuracy, %")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    # below the axes, where any number of models finds room
+    lines = left.get_legend_handles_labels()
+    canvas.legend(*lines, fontsize="small", loc="outside lower center", ncols=2)
     save_figure(canvas, path)
 
 
