@@ -1,4 +1,8 @@
-"""Whole DNQ runs: killed and gone on with, on two ranks, from the command line, as a study."""
+"""Whole DNQ runs: killed and gone on with, on two ranks, from the command line, as a study.
+
+Processes start in a folder of their own: `python -m` puts the present one first, and the checkout's
+qkernels/ would hide the installed one and its compiled kernels.
+"""
 
 import json
 import os
@@ -70,7 +74,9 @@ def test_sigkill_in_every_phase(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for start, end in ((40, 160), (220, 360), (400, 480)):
         command = [sys.executable, "-m", "qtrain", *arguments, str(killed)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL
+        )
         reached, deadline = 0, time.monotonic() + 100
         while reached < start:
             assert process.poll() is None and time.monotonic() < deadline
@@ -88,11 +94,11 @@ def test_sigkill_in_every_phase(tmp_path):
     assert not list(killed.glob("*.part"))
 
 
-def two_ranks(*arguments):
+def two_ranks(folder, *arguments):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "qtrain"]
     return subprocess.run(
-        [*launch, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=300
+        [*launch, *map(str, arguments)], check=True, capture_output=True, cwd=folder, timeout=300
     )
 
 
@@ -102,7 +108,7 @@ def test_two_ranks_are_one_run(tmp_path):
     arguments = ["dnq", "--model", "vit_tiny", "--epochs", "4", "--activation-noise", "none"]
     arguments += ["--set", "model_options.depth=1", "--set", "model_options.width=24", *QUICK]
     arguments += ["--set", "log_every=5", "--set", "eval_every=1", "--out"]
-    two_ranks(*arguments, tmp_path / "two")
+    two_ranks(tmp_path, *arguments, tmp_path / "two")
     call(*arguments, tmp_path / "one")
     one, two = (read_metrics(tmp_path / out / METRICS) for out in ("one", "two"))
     assert len(one) == len(two) > 10
@@ -154,7 +160,7 @@ def test_ranks_agree_but_for_activation_noise(tmp_path):
     program.write_text(RANK_PROGRAM)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(program), str(tmp_path / "run")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=300)
     left, right = (torch.load(tmp_path / f"run.{rank}") for rank in (0, 1))
     assert left["state"].keys() == right["state"].keys()
     for name, value in left["state"].items():
@@ -168,7 +174,8 @@ def test_ranks_agree_but_for_activation_noise(tmp_path):
 def test_one_process_by_accelerate_is_warned_of(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command = [*launch, "-m", "qtrain", "train", "--epochs", "1", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    how = {"check": True, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=tmp_path, **how)
     assert torch.cuda.is_available() or "accelerate launch started one process" in done.stderr
 
 

@@ -106,7 +106,8 @@ def test_sigkill(tmp_path):
     # the order of sums, and with it the bits, depends on the number of threads
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "qtrain", *arguments, str(killed)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    # not in the checkout, whose qkernels/ would hide the installed one
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
     reached, deadline = 0, time.monotonic() + 100
     while reached < 60:
         assert process.poll() is None and time.monotonic() < deadline
@@ -130,7 +131,7 @@ def test_two_processes_are_one_run(tmp_path):
     arguments += ["--set", "model_options.depth=1", "--set", "model_options.width=24"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "qtrain", *arguments, "--out", str(tmp_path / "two")]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     outcome = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "one")])
     assert outcome.exit_code == 0, outcome.output
     one, two = (read_metrics(tmp_path / out / METRICS) for out in ("one", "two"))
