@@ -174,8 +174,9 @@ def test_ranks_agree_but_for_activation_noise(tmp_path):
 def test_one_process_by_accelerate_is_warned_of(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command = [*launch, "-m", "qtrain", "train", "--epochs", "1", "--out", str(tmp_path / "run")]
-    how = {"check": True, "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run(command, cwd=tmp_path, **how)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert torch.cuda.is_available() or "accelerate launch started one process" in done.stderr
 
 
