@@ -20,6 +20,7 @@ def test_all_state_is_on_the_device_of_the_net(net: str, row: str) -> None:
     assert state and [name for name, t in state.items() if t.device.type != "meta"] == []
 
 
+@pytest.mark.skipif(why_not(DNQ) is not None, reason=str(why_not(DNQ)))
 def test_the_step_of_dnq_runs_under_noise() -> None:
     """Its loss is not the float step's, differs from step to step, and equals the reference's."""
     torch.manual_seed(0)

@@ -11,9 +11,6 @@ import copy
 import importlib.util
 from collections.abc import Callable
 
-from qtrain.data import Dataset, TensorSplit
-from qtrain.dnq import Dnq, DnqConfig
-from qtrain.recipe import TrainConfig
 from torch import Tensor, nn
 
 from qkernels.nn import FakeQuantize, QConfig, QuantLayer, QuantSpec, prepare
@@ -49,6 +46,11 @@ def noisy_step(model: nn.Module, x: Tensor, labels: Tensor) -> Step:
 
     The batch is data set and calibration set in one.
     """
+    # needs the packages of the trainers, which a machine for benchmarks may lack
+    from qtrain.data import Dataset, TensorSplit
+    from qtrain.dnq import Dnq, DnqConfig
+    from qtrain.recipe import TrainConfig
+
     split = TensorSplit(x, labels)
     data = Dataset("random", split, split, x.shape[1], x.shape[2], int(labels.max()) + 1)
     noise = DnqConfig(BITS, BITS, ramp="constant", calibration_images=len(x))
@@ -105,6 +107,6 @@ def base(row: str) -> str:
 
 def why_not(row: str) -> str | None:
     """Why a row cannot run here."""
-    if row == "torchao" and importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed"
-    return None
+    needs = {"torchao": ("torchao",), DNQ: ("accelerate", "rich", "safetensors")}
+    missing = [name for name in needs.get(row, ()) if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed" if missing else None
