@@ -340,7 +340,7 @@ class Builder:
         """The global averages over ``gated`` that all of ``gate`` is made from; none if a part of
         it is made otherwise."""
         averages: set[int] = set()
-        ahead = list(gate)
+        ahead, seen = list(gate), set(gate)
         while ahead:
             node = ahead.pop()
             if self.nodes[node].primitive == "glob_avg" and self.sources[node] == gated:
@@ -348,7 +348,8 @@ class Builder:
             elif node in gated or not self.sources[node]:
                 return frozenset()
             else:
-                ahead.extend(self.sources[node])
+                ahead.extend(self.sources[node] - seen)
+                seen |= self.sources[node]
         return frozenset(averages)
 
 
