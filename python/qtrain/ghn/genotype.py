@@ -13,11 +13,14 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
+from ..recipe import require as require_setting
 from ..seeds import stream_seed
 
 T = TypeVar("T")
+require = partial(require_setting, op="ghn-space")
 
 WEIGHTLESS = ("skip", "max_pool_3x3", "avg_pool_3x3")
 TRAINABLE = (
@@ -118,11 +121,6 @@ class Genotype:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Genotype:
         return Genotype(Cell.from_json(value["normal"]), Cell.from_json(value["reduce"]))
-
-
-def require(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"ghn-space: {name} must be {rule}, got {value!r}")
 
 
 def digest(genotype: Any) -> str:

@@ -259,23 +259,33 @@ class Builder:
         Raises:
             NoPrimitiveError: it has none.
         """
-        given = [name for value in values[1:] if not value.sources for name in value.parameters]
-        if op in ("conv2d", "linear", "batch_norm", "layer_norm") and not values[0].sources:
-            return merged(values)
-        if op in ("conv2d", "linear") and given:
-            name = given[0].rpartition(".")[0] or given[0]
-            bias = given[1] if len(given) > 1 else None
-            # linear has neither, and no arguments at these places
-            dilation, groups = argument(node, 5, "dilation"), argument(node, 6, "groups")
-            dilated = min(dilation) > 1 if isinstance(dilation, (tuple, list)) else dilation > 1
-            how = {"groups": groups, "dilated": dilated}
-            return self.weighted(name, values[0], given[0], bias, **how)
-        if op in ("batch_norm", "layer_norm"):
-            name = given[0].rpartition(".")[0] or given[0] if given else node.name
-            return self.norm("bn" if op == "batch_norm" else "ln", name, values[0], tuple(given))
+        if op in ("conv2d", "linear", "batch_norm", "layer_norm"):
+            return self.layer(op, node, values)
         if op == "getattr" and node.args[1] in TENSOR_ATTRIBUTES:
             return values[0]
         return self.operation(op, node.name, values)
+
+    def layer(self, op: str, node: fx.Node, values: list[Value]) -> Value:
+        """A layer whose parameters come as arguments."""
+        rest = [value for value in values[1:] if value.sources or value.parameters]
+        if any(value.sources or len(value.parameters) != 1 for value in rest):
+            raise NoPrimitiveError(
+                f"graph: model must have plain parameters, got {op!r} at node {node.name!r} with "
+                "computed ones"
+            )
+        # torch.nn.functional and aten have BatchNorm's in other places, but the weight comes first
+        given = tuple(value.parameters[0] for value in rest)
+        name = given[0].rpartition(".")[0] or given[0] if given else node.name
+        if op in ("batch_norm", "layer_norm"):
+            return self.norm("bn" if op == "batch_norm" else "ln", name, values[0], given)
+        if not given:  # a fixed kernel: blurring, say
+            return values[0]
+        # linear has neither, and no arguments at these places
+        dilation, groups = argument(node, 5, "dilation"), argument(node, 6, "groups")
+        dilated = min(dilation) > 1 if isinstance(dilation, (tuple, list)) else dilation > 1
+        how: dict[str, Any] = {"groups": groups, "dilated": dilated}
+        bias = given[1] if len(given) > 1 else None
+        return self.weighted(name, values[0], given[0], bias, **how)
 
     def operation(self, op: str, name: str, values: list[Value]) -> Value:
         """An operation without parameters of its own."""

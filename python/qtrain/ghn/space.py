@@ -1,4 +1,4 @@
-"""Spaces of networks for graph hypernetworks, drawn from (seed, split, index) and kept as JSON lines.
+"""Spaces of networks to learn from, drawn from (seed, split, index) and kept as JSON lines.
 
 The ConvNets are cell networks as in DeepNets-1M (Knyazev et al. 2021, arXiv 2110.13100), with the
 operations of mobile networks (ConvNets-250K of GHN-Q is not public; the space here is our choice):
@@ -17,9 +17,8 @@ to another one is drawn again, from the stream (seed, index, space / split / 1),
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,8 @@ _PAPER = tuple(range(32, 129, 16))
 _DIGITS = (8, 16)
 _VIT = (32, 48, 64)
 
-# paper: the ranges of DeepNets-1M, for 32 x 32 images. digits: nets that train in a moment. vit: for
-# either; dense and bn-free mean nothing there.
+# paper: the ranges of DeepNets-1M, for 32 x 32 images. digits: networks that train in a moment.
+# vit: for either; dense and bn-free mean nothing there.
 SPACES = {
     "paper": Space(
         "paper",
@@ -216,20 +215,37 @@ def draw_net(space: Space | str, split: str, seed: int, index: int) -> Net:
     Raises:
         ValueError: no such space or split, or a negative index.
     """
-    if isinstance(space, str):
-        require(space in SPACES, "space", f"one of {', '.join(SPACES)}", space)
-        space = SPACES[space]
+    space = space_named(space)
+    spec, draw = draw_spec(space, split, seed, index)
+    spec, parameters = _within(spec, space, space.splits[split].most)
+    return Net(space.name, split, seed, index, draw, parameters, spec)
+
+
+def draw_spec(
+    space: Space | str, split: str, seed: int, index: int
+) -> tuple[ConvSpec | VitSpec, int]:
+    """What `draw_net` draws, before it is narrowed to the parameters that it may have; and how
+    often it was drawn before. Raises: as `draw_net`."""
+    space = space_named(space)
     known = space.splits
     require(split in known, "split", f"one of {', '.join(known)} in {space.name}", split)
     require(index >= 0, "index", "at least 0", index)
-    for number in itertools.count():
+    make: Callable[[Draw, Space, Ranges], ConvSpec | VitSpec]
+    make = _draw_conv if space.kind == "conv" else _draw_vit
+    number = 0
+    while True:
         draw = Draw(seed, index, f"{space.name}/{split}/{number}")
-        make = _draw_conv if space.kind == "conv" else _draw_vit
         spec = make(draw, space, space.splits[split])
         if split_of(spec) == split:
-            spec, parameters = _within(spec, space, space.splits[split].most)
-            return Net(space.name, split, seed, index, number, parameters, spec)
-    raise AssertionError("unreachable: the loop has no end")
+            return spec, number
+        number += 1
+
+
+def space_named(space: Space | str) -> Space:
+    if isinstance(space, Space):
+        return space
+    require(space in SPACES, "space", f"one of {', '.join(SPACES)}", space)
+    return SPACES[space]
 
 
 def split_of(spec: ConvSpec | VitSpec) -> str:
