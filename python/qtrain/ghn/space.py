@@ -54,7 +54,7 @@ class Ranges:
         cells: of a network; of a ViT its blocks.
         sums: sum nodes of a cell; networks of more than ``long`` cells have at most ``few``.
         widths: channels.
-        most: parameters. A network with more is narrowed, by multiples of 8 channels.
+        most: parameters. A network with more is narrowed by multiples of 8 channels, down to 8.
     """
 
     cells: tuple[int, int]
