@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -158,9 +159,10 @@ def only_writes(node: fx.Node) -> bool:
 
 
 def raw_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2]
-    return node.target if isinstance(node.target, str) else node.target.__name__
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):  # aten::add.Tensor
+        return target.name().partition("::")[2].partition(".")[0]
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
 def op_name(node: fx.Node) -> str:
