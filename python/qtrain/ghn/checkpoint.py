@@ -98,16 +98,15 @@ def load_public_ghn2(path: str | Path, config: GhnConfig | None = None) -> Ghn:
             f"checkpoint: {path} must be a file of torch.save with tensors and plain values, "
             f"got: {error}"
         ) from error
-    is_mapping = isinstance(data, Mapping)
-    require(is_mapping, str(path), "a mapping", type(data).__name__, "checkpoint")
-    settings = data.get("config", {})
+    require(isinstance(data, Mapping), str(path), "a mapping", type(data).__name__, "checkpoint")
+    settings, state = data.get("config"), data.get("state_dict", data)
     different = [
         f"{key} ({settings[key]!r} there, {value!r} in a GHN-2)"
         for key, value in PUBLIC_SETTINGS.items()
-        if settings.get(key, value) != value
+        if isinstance(settings, Mapping) and settings.get(key, value) != value
     ]
     require(not different, str(path), "of a GHN-2", "; ".join(different), "checkpoint")
-    weights = _from_public(path, data.get("state_dict", data))
+    weights = _from_public(path, state)
     found = ghn2(**_settings_of(weights), bit_widths=config.bit_widths if config else ())
     _require_config(path, found, config)
     if found.bit_widths:
@@ -119,8 +118,8 @@ def load_public_ghn2(path: str | Path, config: GhnConfig | None = None) -> Ghn:
 def _from_public(path: str | Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """A public state_dict under our names; its 1 x 1 convolutions are linear layers here."""
     known = {_public_name(name): name for name in _empty(ghn2()).state_dict()}
-    differences = [f"{key} is missing" for key in known if key not in state]
-    differences += [f"{key} is unknown" for key in state if key not in known]
+    differences = [f"{k} is missing" for k in known if not isinstance(state.get(k), Tensor)]
+    differences += [f"{k} is unknown" for k in state if k not in known]
     require(not differences, str(path), "of a GHN-2", "; ".join(differences), "checkpoint")
     weights = {ours: state[public] for public, ours in known.items()}
     return {k: w.flatten(1) if w.ndim == 4 else w for k, w in weights.items()}

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from ..recipe import require
 from .config import GhnConfig
+from .embedding import Shape
 
 log = logging.getLogger("qtrain")
 
-Shape = tuple[int, int, int, int]
 WEIGHTS, VECTORS = ("weight", "classifier"), ("vector", "class_bias")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ..recipe import require
 from .config import GhnConfig
 from .graph import PRIMITIVES, Graph, Node
+
+Shape = tuple[int, int, int, int]  # (c_out, c_in, k_h, k_w)
 
 # the bit width of all nodes of a graph, or of the nodes of these names; None is float
 Bits = int | None | Mapping[str, int | None]
@@ -80,7 +83,7 @@ class NodeEmbedding(nn.Module):
         widths = [row for g, b in zip(graphs, bits, strict=True) for row in self._bit_rows(g, b)]
         return x + self.bits(torch.tensor(widths, device=device))
 
-    def shape_rows(self, node: Node) -> tuple[int, int, int, int]:
+    def shape_rows(self, node: Node) -> Shape:
         """Rows of (c_out, c_in) in ``channel`` and of (k_h, k_w) in ``kernel``."""
         if not node.shape:
             return self._no_channel, self._no_channel, self._no_kernel, self._no_kernel
@@ -105,29 +108,28 @@ class NodeEmbedding(nn.Module):
         return [known.index(width) for width in widths]
 
 
-def as_weight_shape(node: Node) -> tuple[int, int, int, int]:
+def as_weight_shape(node: Node) -> Shape:
     """A node's shape as (c_out, c_in, k_h, k_w), with 1 for what is not there.
 
-    Position embeddings (1, tokens, d) count as (1, d, s, s) with s = floor(sqrt(tokens)).
+    Position embeddings of ([1,] tokens, d) count as (1, d, s, s) with s = floor(sqrt(tokens)).
 
     Raises:
-        ValueError: any other shape.
+        ValueError: a shape that is neither 1-D, 2-D, 4-D nor that of position embeddings.
     """
-    match node.shape:
-        case (c_out,):
-            return c_out, 1, 1, 1
-        case (c_out, c_in):
-            return c_out, c_in, 1, 1
-        case (1, tokens, width):
-            return 1, width, int(tokens**0.5), int(tokens**0.5)
-        case (c_out, c_in, k_h, k_w):
-            return c_out, c_in, k_h, k_w
-    rule = "1-D, 2-D, 4-D or (1, tokens, width)"
-    raise ValueError(f"ghn: shape of {node.name} must be {rule}, got {node.shape}")
+    shape = node.shape
+    if node.primitive == "pos_enc" and (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
+        side = math.isqrt(shape[-2])
+        return 1, shape[-1], side, side
+    rule = "1-D, 2-D or 4-D, or (1, tokens, width) of positions"
+    require(len(shape) in (1, 2, 4), f"shape of {node.name}", rule, shape, "ghn")
+    c_out, c_in, k_h, k_w = (*shape, 1, 1, 1)[:4]
+    return c_out, c_in, k_h, k_w
 
 
 def _primitive_row(node: Node) -> int:
-    known = node.primitive in PRIMITIVES
-    rule = f"one of {', '.join(PRIMITIVES)}"
-    require(known, f"primitive of {node.name}", rule, repr(node.primitive), "ghn")
+    if node.primitive not in PRIMITIVES:
+        raise ValueError(
+            f"ghn: primitive of {node.name} must be one of {', '.join(PRIMITIVES)}, "
+            f"got {node.primitive!r}"
+        )
     return PRIMITIVES.index(node.primitive)

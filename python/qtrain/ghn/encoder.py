@@ -39,29 +39,34 @@ class Sweep:
     weights: list[Tensor]
 
     @classmethod
-    def over(cls, edges: Tensor, like: Tensor) -> Sweep:  # [N, N], edges[u, v]: 0, 1 or s
-        levels = _levels((edges > 0).numpy())
+    def over(cls, tail: Tensor, head: Tensor, length: Tensor, x: Tensor) -> Sweep:
+        """Along the edges tail -> head, [E] each, between the nodes of x, [N, d]."""
+        levels = _levels(tail.numpy(), head.numpy(), len(x))
         order = torch.from_numpy(np.concatenate(levels))
+        rank = torch.argsort(order)
+        both = torch.zeros((len(x), len(x), 2), dtype=x.dtype)  # [to, from, message]
+        both[rank[head], rank[tail], 0] = (length == 1).to(x.dtype)
+        both[rank[head], rank[tail], 1] = 1 / length.to(x.dtype)
+        both = both.flatten(1).to(x.device)
         sizes = [len(level) for level in levels]
-        ranked = edges[order][:, order].T.to(like.dtype)  # [to, from]
-        near = (ranked == 1).to(like.dtype)
-        far = torch.where(ranked > 0, 1 / ranked, 0)
-        both = torch.stack((near, far), 2).flatten(1).to(like.device)
-        weights, start = [], 0
-        for size in sizes[:-1]:
-            weights.append(both[start + size :, 2 * start : 2 * (start + size)])
-            start += size
-        return cls(order.to(like.device), sizes, weights)
+        ends = np.cumsum(sizes).tolist()
+        weights = [
+            both[end:, 2 * (end - size) : 2 * end]
+            for end, size in zip(ends[:-1], sizes[:-1], strict=True)
+        ]
+        return cls(order.to(x.device), sizes, weights)
 
 
-def _levels(present: np.ndarray) -> list[np.ndarray]:  # [N, N], present[u, v]: an edge u -> v
+def _levels(tail: np.ndarray, head: np.ndarray, count: int) -> list[np.ndarray]:
     """The nodes by the length of the longest path to them."""
     levels = []
-    missing = present.sum(0)
-    while (missing == 0).any():
-        levels.append(np.flatnonzero(missing == 0))
-        missing[levels[-1]] = -1
-        missing -= present[levels[-1]].sum(0)
+    edge = np.zeros((count, count), bool)
+    edge[tail, head] = True
+    waits_for = edge.sum(0)
+    while (waits_for == 0).any():
+        levels.append(np.flatnonzero(waits_for == 0))
+        waits_for -= edge[levels[-1]].sum(0)
+        waits_for[levels[-1]] = -1
     return levels
 
 
@@ -87,10 +92,14 @@ class GatedGnn(nn.Module):
         self.gru = nn.GRUCell(width, width)
 
     def forward(self, x: Tensor, adjacencies: Sequence[Tensor]) -> Tensor:  # [N, d], each [n, n]
-        edges = torch.block_diag(*(a.cpu() for a in adjacencies))
-        x = self._sweep(x, Sweep.over(edges, x))
-        # the last node is the first to speak
-        return self._sweep(x.flip(0), Sweep.over(edges.T.flip(0, 1), x)).flip(0)
+        starts = np.cumsum([0, *(len(a) for a in adjacencies)])[:-1].tolist()
+        pairs = [a.cpu().nonzero() for a in adjacencies]
+        tail, head = torch.cat([p + start for p, start in zip(pairs, starts, strict=True)]).unbind(
+            1
+        )
+        length = torch.cat([a.cpu()[tuple(p.T)] for a, p in zip(adjacencies, pairs, strict=True)])
+        x = self._sweep(x, Sweep.over(tail, head, length, x))
+        return self._sweep(x, Sweep.over(head, tail, length, x))
 
     def _sweep(self, x: Tensor, sweep: Sweep) -> Tensor:
         heard = torch.zeros_like(x)

@@ -187,15 +187,14 @@ def parameters_of(node: Node, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A node's parameters from what was decoded for it, [2, c] or [c_out, c_in, k_h, k_w]."""
     if len(node.shape) == 1:
         weight, bias = value.unbind(0)
-        rest = bias if node.primitive in (*NORMS, "bias") else weight
         for i, name in enumerate(node.parameters):
-            yield name, weight if i == 0 and node.primitive in NORMS else rest
+            yield name, weight if i == 0 and node.primitive in NORMS else bias
         return
-    if len(node.shape) == 3:
+    if node.primitive == "pos_enc" and len(node.shape) < 4:
         tokens = value.flatten(2).transpose(1, 2)
-        value = F.pad(tokens, (0, 0, node.shape[1] - tokens.shape[1], 0))
+        value = F.pad(tokens, (0, 0, node.shape[-2] - tokens.shape[1], 0))
     for name in node.parameters:
-        yield name, value.reshape(node.shape)
+        yield name, value if value.shape == node.shape else value.reshape(node.shape)
 
 
 def fit(prediction: Mapping[str, Tensor], skeleton: nn.Module) -> dict[str, Tensor]:
