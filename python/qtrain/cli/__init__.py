@@ -2,7 +2,7 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness  # noqa: I001
+from . import train, ptq, dnq, error_model, bias_toy, flatness, ghn  # noqa: I001
 from .app import app
 from .options import parse_settings
 
@@ -12,6 +12,7 @@ __all__ = [
     "dnq",
     "error_model",
     "flatness",
+    "ghn",
     "main",
     "parse_settings",
     "ptq",
