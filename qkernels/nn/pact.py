@@ -17,7 +17,7 @@ class PactFakeQuantize(FakeQuantize):
 
         y = clip(x, 0, alpha);  out = rint(y n / alpha) alpha / n,  n = 2^bits - 1
 
-    The gradient passes to x where it is not clipped, and to alpha, with factor 1, where x > alpha.
+    The gradient passes to x where it is not clipped, and to alpha, with factor 1, where x >= alpha.
     It is a plain sum over the elements, without LSQ's factor, as in the paper; the paper adds the
     square of alpha to the loss, which is weight decay on this parameter.
 
@@ -64,5 +64,7 @@ class PactFakeQuantize(FakeQuantize):
         # the gradient of alpha is that of the bounds; inside, the quantizer is straight-through
         lo = (self._qmin - self.zero_point) * scale
         hi = (self._qmax - self.zero_point) * scale
-        clipped = torch.clamp(x.to(numeric.compute_dtype(x.dtype)), lo, hi)
+        wide = x.to(numeric.compute_dtype(x.dtype))
+        # not torch.clamp, which halves the gradient of an element on a bound: all zeros of a ReLU
+        clipped = torch.where(wide < lo, lo, torch.where(wide >= hi, hi, wide))
         return fake_quant(clipped, scale.detach(), zero_point, **self._of_quant).to(x.dtype)
