@@ -22,7 +22,8 @@ class PartialFakeQuantize(FakeQuantize):
     optimizer step.
 
     Attributes:
-        noise: the seed and step of the run; `prepare` sets it.
+        noise: the seed and step of the run; `prepare` sets it. In a deep copy or an unpickled
+            model it is a copy too.
         per_rank: True: each rank has a mask of its own, and each call of a step (inputs). False:
             one mask for all ranks and all calls of a step (weights, our choice for both).
         mask_enabled: False quantizes all elements in training mode too.
