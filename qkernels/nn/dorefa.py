@@ -22,8 +22,8 @@ class DorefaWeightFakeQuantize(FakeQuantize):
 
     Our choice: the output is m v, with m not differentiated here. v alone, as in the paper, is made
     for training from scratch: it blows the weights of a float model up to [-1, 1]. A BatchNorm
-    behind the layer takes that back, a last linear layer has none. m v is near tanh(w), hence near w
-    while |w| is well below 1, and with a BatchNorm behind it the network is the paper's. At 1 bit
+    behind the layer takes that back, a last linear layer has none. m v is near tanh(w), hence near
+    w while |w| is well below 1, and with a BatchNorm behind it the network is the paper's. At 1 bit
     the factor is mean |w|, so that the output is the paper's sign(w) mean |w|; its gradient is by
     the formula above, and not 1.
 
