@@ -1,6 +1,8 @@
 """The QAT methods as recipes: each trains, goes on to the same bits, and says what it cannot."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +165,18 @@ def test_dorefa_weights_keep_the_size_of_a_float_model(source, float_run):
     x = torch.randn(16, 32)
     calibrate(prepared, [float_run.data.test.x[:8]])
     torch.testing.assert_close(prepared.head(x), model.head(x), rtol=0, atol=0.2)
+
+
+def test_the_sample_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "qat.md").read_text()
+    (sample,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    exec(compile(sample, "docs/qat.md", "exec"), names)
+    saved = torch.load(tmp_path / "weights.pt")
+    assert torch.equal(saved["0.weight"], names["model"][0].weight)
+    assert names["noise"].step == len(names["loader"])
+    assert all(f"| `{method}` |" in text for method in METHODS)
 
 
 def test_values_that_do_not_go_with_a_method(source):
