@@ -258,12 +258,8 @@ class WeightNoise(TensorNoise):
 
 
 class InputNoise(TensorNoise):
-    """The noise of a layer's input: each rank its own, and each call of a step its own.
-
-    A forward that activation checkpointing repeats in the backward draws what it drew the first
-    time. It is found again among the latest 16 calls of the step, by sums over the input where
-    there are several; compiled code takes the latest call for it.
-    """
+    """The noise of a layer's input: each rank its own, and each call of a step its own; `Calls`
+    says which forward counts as a call."""
 
     per_rank = True
 
