@@ -118,7 +118,8 @@ def split(model: nn.Module, blocks: Sequence[str]) -> list[Stage]:
 
 
 def _check_names(model: nn.Module, blocks: Sequence[str]) -> None:
-    require(len(blocks) > 1, "blocks", "two names or more", list(blocks), "bwrf")
+    sound = len(set(blocks)) == len(blocks) > 1
+    require(sound, "blocks", "two names or more, each once", list(blocks), "bwrf")
     known = dict(model.named_modules(remove_duplicate=False))
     for name in blocks:
         if not name or name not in known:
