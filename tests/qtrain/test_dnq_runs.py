@@ -15,10 +15,11 @@ import pytest
 import torch
 from qtrain.dnq import Dnq, DnqConfig
 from qtrain.dnq_run import PRESETS, PtqPlan, phases, run_dnq, settings_for
+from qtrain.dnq_study import STUDIES, comparison
 from qtrain.models import MODELS
 from qtrain.report import RESULTS
 from qtrain.rundir import CHECKPOINT, METRICS, MODEL, load_model_file, read_checkpoint, read_metrics
-from qtrain.study import STUDIES, Score, accuracy_table, difference_table, paired
+from qtrain.study import Score, accuracy_table, difference_table, paired
 from test_commands import call, one_line
 from test_dnq import settings
 from test_dnq_train import run
@@ -343,16 +344,16 @@ def test_study(tmp_path):
 
 def test_study_tables_by_hand():
     def score(arm, seed, accuracy):
-        return Score(arm, 2, "PTQ minmax", seed, accuracy, 1.0, 0.9)
+        return Score(arm, (2, 2), "PTQ minmax", seed, accuracy, 1.0, 0.9)
 
     linear = [score("linear", seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))]
     cosine = [score("cosine", seed, value) for seed, value in enumerate((0.6, 0.6, 0.9))]
     constant = [score("constant", seed, value) for seed, value in enumerate((0.4, 0.5, 0.6))]
     scores = [*linear, *cosine, *constant]
     assert paired(cosine, list(reversed(linear))) == pytest.approx([0.1, 0.0, 0.2])
-    columns, rows = accuracy_table("ramps", scores)
+    columns, rows = accuracy_table(comparison("ramps"), scores)
     assert columns == ["bits", "arm", "float", "PTQ minmax"]
     assert rows[0] == ["W2A2", "linear", "90.00 ± 0.00", "60.00 ± 10.00"]
-    columns, rows = difference_table("ramps", scores)
+    columns, rows = difference_table(comparison("ramps"), scores)
     assert columns[-1] == "minus linear" and len(rows) == 2
     assert rows[0][-1] == "+10.00 ± 10.00 (2 of 3)" and rows[1][-1] == "-10.00 ± 0.00 (0 of 3)"

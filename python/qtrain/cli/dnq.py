@@ -166,8 +166,9 @@ def dnq_study(
     from ..adaround import AdaRound
     from ..dnq import DnqConfig
     from ..dnq_run import phases
+    from ..dnq_study import PLAN, comparison, run_study
     from ..report import rich_grid
-    from ..study import PLAN, accuracy_table, difference_table, run_study
+    from ..study import accuracy_table, difference_table
 
     if any(item.startswith("seed=") for item in set_ or []):
         raise ValueError("--set: seed must be left to --seeds in a study, got one")
@@ -182,7 +183,7 @@ def dnq_study(
     noise = DnqConfig(**phases(config.epochs))
     how: dict[str, Any] = {"plan": plan, "jobs": jobs, "overwrite": overwrite}
     scores = run_study(study, config, noise, out, seeds=range(seeds), **how)
-    console = Console()
-    console.print(rich_grid(*accuracy_table(study, scores), f"{study}: test accuracy, %"))
-    console.print(rich_grid(*difference_table(study, scores), "paired differences, points", left=3))
+    console, shown = Console(), comparison(study)
+    console.print(rich_grid(*accuracy_table(shown, scores), f"{study}: test accuracy, %"))
+    console.print(rich_grid(*difference_table(shown, scores), "paired differences, points", left=3))
     typer.echo(f"{out}/{study}/report.md")
