@@ -1,12 +1,13 @@
-"""bwrf."""
+"""bwrf and bwrf-study."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from .app import app
 from .options import (
@@ -25,6 +26,7 @@ from .options import (
     Source,
     finish,
     parse_settings,
+    whole_numbers,
 )
 
 Blocks = Annotated[
@@ -118,3 +120,65 @@ def bwrf(
     recipe = Bwrf(start, qconfig, replacement, teacher=other)
     run(config, recipe, out, overwrite=overwrite, cpu=cpu)
     finish(out)
+
+
+@app.command("bwrf-study")
+def bwrf_study(
+    study: Annotated[str, typer.Argument(help="modes, depths, schedules or effects.")] = "modes",
+    out: Annotated[Path, typer.Option(help="Directory of the runs; studies share it.")] = Path(
+        "runs/bwrf-study"
+    ),
+    dataset: Annotated[
+        str, typer.Option(help="digits, shapes, cifar10, cifar100 or imagefolder.")
+    ] = "shapes",
+    model: Annotated[
+        str | None, typer.Option(help="resnet8 (for shapes), mobile, ..; torchvision's, timm's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ..")] = 5,
+    bits: Annotated[str, typer.Option(help="Bit widths (W and A), e.g. 4,3,2.")] = "4,3,2",
+    method: Annotated[
+        str, typer.Option(help="lsq (learned scales) or minmax (straight-through).")
+    ] = "lsq",
+    float_epochs: Annotated[int, typer.Option(min=1, help="Of the models to start from.")] = 20,
+    float_lr: Annotated[float, typer.Option(help="Peak learning rate of these.")] = 5e-3,
+    epochs: Epochs = 10,
+    batch_size: BatchSize = 64,
+    lr: Rate = 3e-3,
+    time_factor: Annotated[
+        float | None,
+        typer.Option(help="Time of a step of mode prefix over one of plain QAT; else measured."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    set_: Set = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make the runs of this study afresh.")
+    ] = False,
+) -> None:
+    """Run BWRF, plain QAT and distillation over seeds, on the CPU: mean, standard deviation, paired
+    differences.
+
+    Runs that are there already are read back, so that a study can be stopped and gone on with.
+    """
+    from ..bwrf_study import Plan, run_study, settings_for
+    from ..report import rich_grid
+    from ..study import accuracy_table, difference_table
+
+    settings = parse_settings(set_ or [])
+    if "seed" in settings:
+        raise ValueError("--set: seed must be left to --seeds in a study, got one")
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    if model is not None:
+        given["model"] = model
+    plan = Plan(
+        settings_for(dataset, **{**given, **settings}),
+        float_epochs=float_epochs,
+        float_lr=float_lr,
+        method=method,
+        bits=whole_numbers("bits", bits, 1, 16),
+        time_factor=time_factor,
+    )
+    shown, scores = run_study(study, plan, out, seeds=range(seeds), jobs=jobs, overwrite=overwrite)
+    console = Console()
+    console.print(rich_grid(*accuracy_table(shown, scores), f"{study}: test accuracy, %"))
+    console.print(rich_grid(*difference_table(shown, scores), "paired differences, points", left=3))
+    typer.echo(f"{out}/{study}/report.md")
