@@ -96,8 +96,11 @@ def as_pair(batch: Any, device: torch.device) -> Batch:
 class Schedule:
     """How both arms are trained.
 
-    The paper trains 20 epochs at 1e-4, halved after 10 and 16; its optimizer there is not known.
-    Ours: SGD with Nesterov momentum, and a rate for small nets.
+    The paper trains 20 epochs at 1e-4, halved after 10 and 16; which optimizer it has there is not
+    known to us. Ours is AdamW, with a rate for small nets. Frozen BatchNorm statistics are our
+    choice too: then f is one function of the weights for both losses and at every step, and the
+    gradient of QAT is that of f at Q(w). (At W2 on shapes QAT ended better with them than without:
+    84.9 against 61.5 % after 200 steps of 1e-3, one seed.)
 
     Attributes:
         steps: of the optimizer.
@@ -113,9 +116,9 @@ class Schedule:
     """
 
     steps: int = 300
-    lr: float = 0.01
+    lr: float = 3e-4
     halve_at: tuple[float, ...] = (0.5, 0.8)
-    optimizer: str = "sgd"
+    optimizer: str = "adamw"
     momentum: float = 0.9
     weight_decay: float = 2e-4
     record_every: int = 10
