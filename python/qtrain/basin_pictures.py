@@ -14,7 +14,7 @@ from .report import colour, figure, save_figure
 CURVES, COSINES = "basin_curves.png", "basin_cosines.png"
 PROFILES, SLICES = "basin_profiles.png", "basin_slices.png"
 # the least loss that a logarithmic axis shows
-FLOOR = 1e-4
+FLOOR = 1e-6
 LEVELS = 12
 
 
@@ -40,12 +40,13 @@ def _panels(
     count = len(report.widths)
     canvas, axes = figure(count, width=4.4, height=height)
     for axis, width in zip([axes] if count == 1 else axes, report.widths, strict=True):
-        panel(axis, report, width)
         axis.set_title(f"W{width.bits}")
+        panel(axis, report, width)
         axis.grid(alpha=0.3)
     first = axes if count == 1 else axes[0]
-    handles = first.get_legend_handles_labels()
-    canvas.legend(*handles, fontsize="small", loc="outside lower center", ncols=4)
+    handles, labels = first.get_legend_handles_labels()
+    if handles:
+        canvas.legend(handles, labels, fontsize="small", loc="outside lower center", ncols=4)
     save_figure(canvas, path)
 
 
@@ -68,8 +69,8 @@ def _curves(axis: Any, report: BasinReport, width: Width) -> None:
     entry = width.entry(report.limit)
     if entry:
         axis.axvline(entry, color=colour(2), linestyle="--", linewidth=1)
-        axis.annotate(f"in at {entry}", (entry, report.limit), fontsize="small", color=colour(2))
-    axis.set(xlabel="QAT step", xscale="symlog")
+        axis.set_title(f"W{width.bits}, in at step {entry}")
+    _steps(axis, width)
 
 
 def _cosines(axis: Any, _report: BasinReport, width: Width) -> None:
@@ -80,7 +81,14 @@ def _cosines(axis: Any, _report: BasinReport, width: Width) -> None:
         if known:
             axis.plot(*zip(*known, strict=True), color=colour((4, 1)[number]), label=label)
     axis.axhline(0, color="black", linewidth=1)
-    axis.set(xlabel="QAT step", xscale="symlog", ylabel="cosine(-gradient, w_fp - Q(w))")
+    axis.set_ylabel("cosine(-gradient, w_fp - Q(w))")
+    _steps(axis, width)
+
+
+def _steps(axis: Any, width: Width) -> None:
+    """The first steps matter most, and step 0 is one of them."""
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set(xlabel="QAT step", xlim=(0, width.curve[-1].step))
 
 
 def _profiles(axis: Any, report: BasinReport, width: Width) -> None:

@@ -144,8 +144,11 @@ def first_entry(curve: Iterable[tuple[int, float]], limit: float) -> int | None:
 
 
 def blend(states: Sequence[State], shares: Sequence[float]) -> dict[str, Tensor]:
-    """sum of share * state over all floating entries, the shares summing to 1; the others (counters)
-    are those of the first. A running variance that extrapolation made negative becomes 0."""
+    """sum of share * state over all floating entries; the shares sum to 1.
+
+    Other entries (counters) are those of the first state. A running variance that extrapolation
+    made negative becomes 0.
+    """
     mixed: dict[str, Tensor] = {}
     for key, first in states[0].items():
         if not first.is_floating_point():

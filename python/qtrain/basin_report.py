@@ -143,9 +143,11 @@ def report_text(
     eps = report.limit - report.home.loss
     sentences = "\n".join(f"- {sentence}." for sentence in report.verdict)
     shown = "\n".join(f"![{CAPTIONS[picture]}]({picture})" for picture in pictures)
-    falls = [width.half_fall for width in report.widths]
-    early = [f"W{w.bits}" for w, f in zip(report.widths, falls, strict=True) if f and f.before_latent]
+    falls = {f"W{width.bits}": width.half_fall for width in report.widths}
+    early = [name for name, fall in falls.items() if fall is not None and fall.before_latent]
     statistics = "re-estimated" if described["reestimate_batchnorm"] else "those of the float model"
+    halved = ", ".join(f"{share:g}" for share in schedule["halve_at"])
+    every = schedule["record_every"]
     return f"""# {name}: basins
 
 {sentences}
@@ -158,8 +160,8 @@ def report_text(
   ({described["eps_relative"]:g} f(w_fp) + {described["eps_absolute"]:g}).
 - Weights only, symmetric per output channel; first and last layer:
   {described["first_last_bits"] or "same"} bits. AdaRound and QAT share the grid of
-  {RANGES[described["grid"]]} ranges of the float model, which is frozen; the other RTN has a grid of its
-  own. "more float": the same number of steps on the same batches in float first, then PTQ with
+  {RANGES[described["grid"]]} ranges of the float model, which is frozen; the other RTN has a grid of
+  its own. "more float": the same number of steps on the same batches in float first, then PTQ with
   ranges of its own.
 - distance: norm of the quantized weights less the float model's; relative: over the norm of those.
   angle: in degrees to the displacement of RTN on the shared grid.
@@ -169,12 +171,12 @@ def report_text(
 
 {markdown_grid(TRAINING, training_rows(report), left=1)}
 - {schedule["steps"]} steps of {schedule["optimizer"]}, rate {schedule["lr"]:g}, halved at
-  {", ".join(f"{share:g}" for share in schedule["halve_at"]) or "no"} of the steps. first entry: the
-  first step that was looked at (every {schedule["record_every"]}, and 1, 2, 4, ..) with the deployed
+  {halved or "none"} of the steps.
+- first entry: the first step that was looked at (every {every}, and 1, 2, 4, ..) with the deployed
   loss inside the basin.
-- half of the fall: the first look at which the deployed loss had made half of its way from start to
-  end; latent change: that of f(w) by then. The deployed loss fell before the latent one moved (by
-  less than {MOVED:g} of the fall) at: {", ".join(early) or "no width"}.
+- half of the fall: the first look at which the deployed loss had made half of its way from start
+  to end; latent change: that of f(w) by then. The deployed loss fell before the latent one moved
+  (by less than {MOVED:g} of the fall) at: {", ".join(early) or "no width"}.
 - cosine at Q(w): cos(-grad f(Q(w)), w_fp - Q(w)) before the first step; at w: the same with the
   gradient at w.
 

@@ -2,7 +2,7 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness, basin  # noqa: I001
+from . import train, ptq, dnq, error_model, bias_toy, flatness  # noqa: I001
 from .app import app
 from .options import parse_settings
 

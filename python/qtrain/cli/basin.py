@@ -118,3 +118,27 @@ def basin(
     for sentence in report.verdict:
         typer.echo(sentence)
     typer.echo(f"{out}/report.md")
+
+
+@app.command("matrix-factorisation")
+def matrix_factorisation(
+    out: Out = Path("runs/matrix-factorisation"),
+    seeds: Annotated[int, typer.Option(help="How many: 0, 1, ..")] = 30,
+    rho: Annotated[float, typer.Option(help="Distance of the grid's points.")] = 0.30,
+    float_steps: Annotated[int, typer.Option(help="Of gradient descent in float.")] = 4000,
+    qat_steps: Annotated[int, typer.Option(help="With the straight-through gradient.")] = 1500,
+    overwrite: Overwrite = False,
+) -> None:
+    """PTQ and QAT on a matrix factorisation, whose minima are known, over seeds.
+
+    The defaults are those of the paper, and seed 0 gives its numbers.
+    """
+    import torch
+
+    from ..matrix_factorisation import FactorisationConfig, rich_table, run_factorisation
+
+    config = FactorisationConfig(rho=rho, float_steps=float_steps, qat_steps=qat_steps, seeds=seeds)
+    # too little work for two threads, and the last bits of a product depend on their number
+    torch.set_num_threads(1)
+    Console().print(rich_table(run_factorisation(config, out, overwrite=overwrite)))
+    typer.echo(f"{out}/report.md")
