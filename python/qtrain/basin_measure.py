@@ -16,6 +16,7 @@ from .adaround import AdaRound, work
 from .basin_probe import (
     Plane,
     Probe,
+    Slice,
     State,
     angle,
     deployed_state,
@@ -290,22 +291,21 @@ class Survey:
 
     def _pictures(
         self, states: Mapping[str, State], bits: int, bar: Track
-    ) -> tuple[dict[str, tuple[float, ...]], Any]:
+    ) -> tuple[tuple[tuple[str, tuple[float, ...]], ...], Slice | None]:
         """f along the lines between the models, and in their plane."""
         bar.relabel(f"loss landscape W{bits}")
         config, nearest = self.config, rtn(self.config.grid)
         ends = {"float": self.home, **states}
-        lines = {}
-        for start, end in (("float", nearest), ("float", "AdaRound"), ("float", QAT)):
-            lines[f"{start} to {end}"] = (ends[start], ends[end])
-        lines[f"{nearest} to {QAT}"] = (ends[nearest], ends[QAT])
-        profiles = {}
-        for name, (first, last) in lines.items():
-            profiles[name] = profile(self.probe, first, last, config.profile_points)
+        lines = [("float", nearest), ("float", "AdaRound"), ("float", QAT), (nearest, QAT)]
+        profiles = []
+        for start, end in lines:
+            losses = profile(self.probe, ends[start], ends[end], config.profile_points)
+            profiles.append((f"{start} to {end}", losses))
             bar.advance(config.profile_points)
         plane = None
         if config.slice_points:
-            found = Plane.through(self.probe, self.home, ends[nearest], ends[QAT])
-            plane = found and loss_slice(self.probe, found, config.slice_points)
+            through = Plane.through(self.probe, self.home, ends[nearest], ends[QAT])
+            if through is not None:
+                plane = loss_slice(self.probe, through, config.slice_points)
             bar.advance(config.slice_points**2)
-        return profiles, plane
+        return tuple(profiles), plane

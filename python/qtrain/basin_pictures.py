@@ -92,7 +92,7 @@ def _steps(axis: Any, width: Width) -> None:
 
 
 def _profiles(axis: Any, report: BasinReport, width: Width) -> None:
-    for number, (name, line) in enumerate(width.profiles.items()):
+    for number, (name, line) in enumerate(width.profiles):
         places = [place / (len(line) - 1) for place in range(len(line))]
         axis.plot(places, [max(FLOOR, f) for f in line], color=colour(number), label=name)
     _losses(axis, report)

@@ -23,6 +23,7 @@ SOLUTIONS = (
     "relative",
     "angle",
 )
+ON_SCREEN = ("bits", "model", "loss", "basin", "test\naccuracy", "relative", "angle")
 TRAINING = (
     "bits",
     "loss at start",
@@ -114,9 +115,12 @@ def table_rows(report: BasinReport) -> list[Row]:
 
 
 def rich_tables(report: BasinReport) -> list[Table]:
-    solutions, training = solution_rows(report), training_rows(report)
+    """For the screen, the first without the columns that do not fit."""
+    kept = [place for place, name in enumerate(SOLUTIONS) if name in ON_SCREEN]
+    solutions = [[row[place] for place in kept] for row in solution_rows(report)]
+    training = training_rows(report)
     return [
-        rich_grid(SOLUTIONS, solutions, "ways to a quantized model", narrow=True),
+        rich_grid(ON_SCREEN, solutions, "ways to a quantized model", narrow=True),
         rich_grid(_broken(TRAINING), training, "QAT on the frozen grid", left=1, narrow=True),
     ]
 
@@ -160,8 +164,8 @@ def report_text(
   ({described["eps_relative"]:g} f(w_fp) + {described["eps_absolute"]:g}).
 - Weights only, symmetric per output channel; first and last layer:
   {described["first_last_bits"] or "same"} bits. AdaRound and QAT share the grid of
-  {RANGES[described["grid"]]} ranges of the float model, which is frozen; the other RTN has a grid of
-  its own. "more float": the same number of steps on the same batches in float first, then PTQ with
+  {RANGES[described["grid"]]} ranges of the float model, which is frozen; the other RTN has its own.
+  "more float": the same number of steps on the same batches in float first, then PTQ with
   ranges of its own.
 - distance: norm of the quantized weights less the float model's; relative: over the norm of those.
   angle: in degrees to the displacement of RTN on the shared grid.

@@ -98,7 +98,7 @@ class Width:
         grid: method of the shared grid: "minmax" or "mse".
         solutions: of PTQ, QAT and the control.
         curve: of QAT.
-        profiles: f along a line between two models, by name ("float to QAT"), at even distances.
+        profiles: (name, f) for lines between two models ("float to QAT"), at even distances.
         plane: f in the plane through w_fp, RTN and QAT; None where they lie on a line, or not asked
             for.
     """
@@ -107,7 +107,7 @@ class Width:
     grid: str
     solutions: tuple[Solution, ...]
     curve: tuple[Moment, ...]
-    profiles: Mapping[str, tuple[float, ...]]
+    profiles: tuple[tuple[str, tuple[float, ...]], ...]
     plane: Slice | None
 
     @classmethod
@@ -119,7 +119,7 @@ class Width:
             grid=value["grid"],
             solutions=tuple(Solution(**solution) for solution in value["solutions"]),
             curve=tuple(Moment(**moment) for moment in value["curve"]),
-            profiles={name: tuple(line) for name, line in value["profiles"].items()},
+            profiles=tuple((name, tuple(line)) for name, line in value["profiles"]),
             plane=None if plane is None else Slice.from_dict(plane),
         )
 

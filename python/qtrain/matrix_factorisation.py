@@ -2,9 +2,9 @@
 
     f(X) = |X X^T - M*|_F^2,    X [d, r],    Q(X) = rho round(X / rho)
 
-M* has rank r and r eigenvalues 1, so the minima f = 0 are a manifold: all X with X X^T = M*. Some of
-them are nearer to the grid than others. PTQ rounds the one that gradient descent found; QAT goes on
-from there with the straight-through gradient, that of f at Q(X), and may end near another.
+M* has rank r and r eigenvalues 1, so the minima f = 0 are a manifold: all X with X X^T = M*. Some
+are nearer to the grid than others. PTQ rounds the one that gradient descent found; QAT goes on from
+there with the straight-through gradient, that of f at Q(X), and may end near another.
 
 The experiment of Li, Ma, Cui, arXiv 2606.09012: d = 100, r = 5, M* = U D U^T with D = I,
 X0 = 0.30 N(0, I); 4000 steps of gradient descent at 0.02; then rho = 0.30 and 1500 steps at

@@ -1,7 +1,8 @@
-"""basin and matrix-factorisation: does PTQ leave the basin of low loss, and does QAT come back?"""
+"""basin, basin-study and matrix-factorisation: does PTQ leave the basin of low loss, and does QAT come back?"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,9 @@ from .options import (
     Out,
     Overwrite,
     Seed,
+    Set,
     Source,
+    parse_settings,
     whole_numbers,
 )
 
@@ -141,4 +144,53 @@ def matrix_factorisation(
     # too little work for two threads, and the last bits of a product depend on their number
     torch.set_num_threads(1)
     Console().print(rich_table(run_factorisation(config, out, overwrite=overwrite)))
+    typer.echo(f"{out}/report.md")
+
+
+@app.command("basin-study")
+def basin_study(
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the runs; else runs/basin-study/DATASET.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="digits or shapes.")] = "digits",
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ..")] = 5,
+    bits: WeightBits = "4,3,2",
+    steps: Steps = 200,
+    lr: QatRate = 3e-4,
+    grid: Grid = "minmax",
+    batchnorm: BatchNorm = "frozen",
+    adaround_iterations: Iterations = 300,
+    epochs: Annotated[int | None, typer.Option(help="Of float training.")] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of the preset's.")] = None,
+    set_: Set = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds at a time, one thread each.")] = 2,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train float models from several seeds, and make a basin report of each: means, standard
+    deviations, paired differences, and the paper's figures beside ours.
+
+    Runs that are there already are read back, so that a study can be stopped and gone on with.
+    """
+    from ..adaround import AdaRound
+    from ..basin_study import CONFIG, claims, comparison, run_study, scores, settings_for
+    from ..report import rich_grid
+    from ..study import accuracy_table
+
+    given = {"epochs": epochs, "model": model, **parse_settings(set_ or [])}
+    if "seed" in given:
+        raise ValueError("--set: seed must be left to --seeds in a study, got one")
+    base = settings_for(dataset, **{k: v for k, v in given.items() if v is not None})
+    config = replace(
+        CONFIG,
+        bits=whole_numbers("bits", bits, 1, 16),
+        grid=grid,
+        schedule=replace(CONFIG.schedule, steps=steps, lr=lr, batchnorm=batchnorm),
+        adaround=AdaRound(iterations=adaround_iterations),
+    )
+    out = out or Path("runs/basin-study") / base.dataset
+    found = scores(run_study(base, out, config, seeds=range(seeds), jobs=jobs, overwrite=overwrite))
+    console = Console()
+    table = accuracy_table(comparison(base.dataset), found)
+    console.print(rich_grid(*table, f"{base.dataset}: test accuracy, %"))
+    console.print(rich_grid(*claims(found), "QAT less PTQ, points", left=1, narrow=True))
     typer.echo(f"{out}/report.md")
