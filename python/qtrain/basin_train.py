@@ -97,10 +97,11 @@ class Schedule:
     """How both arms are trained.
 
     The paper trains 20 epochs at 1e-4, halved after 10 and 16; which optimizer it has there is not
-    known to us. Ours is AdamW, with a rate for small nets. Frozen BatchNorm statistics are our
-    choice too: then f is one function of the weights for both losses and at every step, and the
-    gradient of QAT is that of f at Q(w). (At W2 on shapes QAT ended better with them than without:
-    84.9 against 61.5 % after 200 steps of 1e-3, one seed.)
+    known to us. Ours is AdamW, with a rate for small nets: on shapes at W2 the evaluation loss (of
+    training images) came out at 0.38 with 3e-4 and 200 steps, at 0.20 with 1e-3 and at 0.28 with
+    2e-3 and 300 (float: 0.05). Frozen BatchNorm statistics are our choice too: then f is one
+    function of the weights for both losses and at every step, and the gradient of QAT is that of f
+    at Q(w). They cost no accuracy there: 90.8 % with, 90.3 % without (one seed).
 
     Attributes:
         steps: of the optimizer.
@@ -116,7 +117,7 @@ class Schedule:
     """
 
     steps: int = 300
-    lr: float = 3e-4
+    lr: float = 1e-3
     halve_at: tuple[float, ...] = (0.5, 0.8)
     optimizer: str = "adamw"
     momentum: float = 0.9

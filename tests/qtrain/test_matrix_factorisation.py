@@ -85,9 +85,7 @@ def test_command(tmp_path):
 
 
 def test_bad_settings_and_damaged_results(tmp_path):
-    with pytest.raises(
-        ValueError, match="matrix-factorisation: rank must be at most d, 12, got 13"
-    ):
+    with pytest.raises(ValueError, match="factorisation: rank must be at most d, 12, got 13"):
         FactorisationConfig(d=12, rank=13)
     with pytest.raises(FloatingPointError, match="X must stay finite"):
         factorise(FactorisationConfig(float_lr=10.0, float_steps=50), 0)

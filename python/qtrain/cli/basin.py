@@ -1,4 +1,4 @@
-"""basin, basin-study and matrix-factorisation: does PTQ leave the basin of low loss, and does QAT come back?"""
+"""basin, basin-study, matrix-factorisation: where PTQ leaves the basin and QAT comes back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def basin(
     out: Out = Path("runs/basin"),
     bits: WeightBits = "4,3,2",
     steps: Steps = 300,
-    lr: QatRate = 3e-4,
+    lr: QatRate = 1e-3,
     optimizer: Optimizer = "adamw",
     batch_size: BatchSize = 64,
     grid: Grid = "minmax",
@@ -155,8 +155,8 @@ def basin_study(
     dataset: Annotated[str, typer.Option(help="digits or shapes.")] = "digits",
     seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ..")] = 5,
     bits: WeightBits = "4,3,2",
-    steps: Steps = 200,
-    lr: QatRate = 3e-4,
+    steps: Steps = 300,
+    lr: QatRate = 1e-3,
     grid: Grid = "minmax",
     batchnorm: BatchNorm = "frozen",
     adaround_iterations: Iterations = 300,
