@@ -77,11 +77,14 @@ def basin(
     Raises:
         TypeError: a loader that can be iterated only once, or does not yield pairs of tensors.
         ValueError: a setting out of its range; no batches; a model without a quantizable layer, or
-            a quantized one; ``out`` holds another run, or a damaged one.
+            a quantized one, or one of which nothing requires grad; ``out`` holds another run, or a
+            damaged one.
         FloatingPointError: a training loss is no longer finite.
     """
     settings = _changed(config or BasinConfig(), bits=bits, steps=steps, lr=lr, seed=seed)
     first = next(model.parameters(), None)
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    require(trained > 0, "model", "one with parameters that require grad", "none", "basin")
     device = torch.device("cpu") if first is None else first.device
     batches = LoaderBatches(loader, settings.seed, device)
     with keeping_globals():
