@@ -25,7 +25,18 @@ from harness.timing import hand_over, micro, percentile
 from step.check import assert_backends_agree, assert_same_codes
 from step.nets import CLASSES, NETS
 from step.race import PEAK_HOW, Step, captured, peak_bytes, race, saved_bytes
-from step.rows import BARS, DNQ, FULL_ROWS, GRAPH_ROWS, ROWS, base, make_step, why_not
+from step.rows import (
+    BARS,
+    BWRF,
+    DNQ,
+    FULL_ROWS,
+    GRAPH_ROWS,
+    PLAIN_QAT,
+    ROWS,
+    base,
+    make_step,
+    why_not,
+)
 
 # pictures a step: on a CPU for some 0.3 s on two cores, on a GPU so that kernels outlast launches
 BATCH = {"cpu": 32, "cuda": 256}
@@ -47,7 +58,7 @@ class Outcome(NamedTuple):
 def rows_of(config: Any) -> list[str]:
     """The contenders of this run."""
     options = config.stash[OPTIONS]
-    rows = [*ROWS, DNQ]
+    rows = [*ROWS, DNQ, *BWRF]
     if options.device == "cuda":
         rows += GRAPH_ROWS
     return [*rows, *FULL_ROWS] if options.level == "full" else rows
@@ -59,18 +70,20 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def wanted(request: Any, net: str) -> list[str]:
-    """The rows of a net that this run has selected, and the float rows that they need."""
+    """The rows of a net that this run has selected, and the rows that they are held against."""
     chosen = [
         item.callspec.params["row"]
         for item in request.session.items
         if getattr(item, "module", None) is request.module and item.callspec.params["net"] == net
     ]
     chosen = [row for row in chosen if why_not(row) is None]
-    return list(dict.fromkeys(["float", *(base(row) for row in chosen), *chosen]))
+    plain = [PLAIN_QAT] if any(row in BWRF for row in chosen) else []
+    return list(dict.fromkeys(["float", *(base(row) for row in chosen), *plain, *chosen]))
 
 
 def assert_parity(net: str, rows: list[str], device: str) -> None:
-    """Nothing is timed unless ours equals the reference, and others ours but for ties."""
+    """Nothing is timed unless ours equals the reference, and others ours but for ties. BWRF has the
+    quantizers of ours LSQ, which runs beside it."""
     torch.manual_seed(1)
     model = NETS[net]().to(device)
     x = torch.randn(PARITY_BATCH, 3, 32, 32, device=device)
@@ -177,6 +190,9 @@ def figures(net: str, row: str, got: dict[str, Outcome], device: str) -> dict[st
     } | environment(device)
     if own.peak is not None:
         info |= {"peak_bytes": own.peak, "saved_bytes": own.saved, "peak_how": PEAK_HOW[device]}
+    if row in BWRF:
+        beside = ratios(own.times, got[PLAIN_QAT].times)
+        info |= {"beside": PLAIN_QAT, "times_beside": round(statistics.median(beside), 4)}
     return info | {"figures": verdict(net, row, tax, got, device)}
 
 
@@ -190,7 +206,11 @@ def verdict(
     asked = BARS.get((row, device)) if net == "resnet18" else None
     if asked is not None:
         text += f" (asked {asked:g}: {'met' if tax <= asked else 'MISSED'})"
-    if row.startswith("ours") and row != DNQ and "," not in row and "torch.ao" in got:
+    if row in BWRF:
+        text += (
+            f" ({statistics.median(ratios(got[row].times, got[PLAIN_QAT].times)):.3f} {PLAIN_QAT})"
+        )
+    elif row.startswith("ours") and row != DNQ and "," not in row and "torch.ao" in got:
         other = statistics.median(ratios(got["torch.ao"].times, got["float"].times))
         text += f" (torch.ao {other:.3f}: {'lower' if tax < other else 'NOT lower'})"
     return {text: tax}

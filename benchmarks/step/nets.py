@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 from qtrain.models import BasicBlock, InvertedBlock
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ class ResNet18(nn.Module):
                 inputs = width << stage
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, CLASSES)
+
+    @property
+    def block_names(self) -> list[str]:
+        """What BWRF replaces: the 8 residual blocks."""
+        return [f"blocks.{number}" for number in range(len(self.blocks))]
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, 32, 32] -> [N, CLASSES]
         return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
@@ -65,6 +71,12 @@ class MobileNetV2(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.last = nn.Sequential(nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280))
         self.head = nn.Linear(1280, CLASSES)
+
+    @property
+    def block_names(self) -> list[str]:
+        """What BWRF replaces: the 7 groups of blocks of one width, named by their last."""
+        counts = (count for _, _, count, _ in self.PLAN)
+        return [f"blocks.{last - 1}" for last in accumulate(counts)]
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, 32, 32] -> [N, CLASSES]
         y = self.blocks(F.relu6(self.stem(x)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +23,8 @@ class Step:
     Args:
         around: called with the number of the step; what it gives is entered for the time of forward
             and backward.
+        loss: called with the number of the step; None: cross entropy of the model's logits.
+        beside: models that the loss needs and that are not trained; part of the state.
     """
 
     def __init__(
@@ -31,14 +33,20 @@ class Step:
         x: Tensor,
         labels: Tensor,
         around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+        *,
+        loss: Callable[[int], Tensor] | None = None,
+        beside: Sequence[nn.Module] = (),
     ) -> None:
         self.model = model.train()
         self.x, self.labels, self.around = x, labels, around
+        self.other_loss, self.beside = loss, beside
         self.number = 0
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def loss(self) -> Tensor:
         """Of the forward alone."""
+        if self.other_loss is not None:
+            return self.other_loss(self.number)
         return F.cross_entropy(self.model(self.x), self.labels)
 
     def __call__(self) -> Tensor:
@@ -110,7 +118,9 @@ def peak_bytes(step: Step, device: str) -> int:
 def saved_bytes(step: Step) -> int:
     """Bytes of the storages that a forward saves for its backward, each once; the parameters,
     buffers and the batch, which exist anyway, are not counted."""
-    known = (*step.model.parameters(), *step.model.buffers(), step.x, step.labels)
+    models = (step.model, *step.beside)
+    state = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    known = (*state, step.x, step.labels)
     seen = {t.untyped_storage().data_ptr() for t in known}
     total = 0
     alive = []  # an address counts once only while its tensor lives

@@ -61,14 +61,34 @@ def noisy_step(model: nn.Module, x: Tensor, labels: Tensor) -> Step:
     return Step(model, x, labels, recipe.perturbation)
 
 
+def replacing_step(mode: str, model: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """A step of BWRF: ours LSQ, with the mixed networks of a float copy that stays as it is."""
+    from qtrain.bwrf import BlockReplacement
+
+    student, teacher = prepare(model, LSQ), copy.deepcopy(model)
+    bwrf = BlockReplacement(student, teacher, model.block_names, mode=mode)
+    return Step(
+        student,
+        x,
+        labels,
+        loss=lambda number: bwrf.loss(x, labels, step=number)[0],
+        beside=(teacher,),
+    )
+
+
 def make_step(row: str, model: nn.Module, x: Tensor, labels: Tensor) -> Step:
     """The step of a row, on a copy of the model."""
     if row == DNQ:
         return noisy_step(model, x, labels)
+    if row in BWRF:
+        return replacing_step(BWRF[row], model, x, labels)
     return Step((ROWS | FULL_ROWS | GRAPH_ROWS)[row](model), x, labels)
 
 
 DNQ = "ours DNQ"
+# row -> mode; they do more than a step of QAT, which the row below is
+BWRF = {"ours BWRF prefix": "prefix", "ours BWRF sampled": "sampled"}
+PLAIN_QAT = "ours LSQ"
 Build = Callable[[nn.Module], nn.Module]
 ROWS: dict[str, Build] = {
     "float": copy.deepcopy,
@@ -106,7 +126,7 @@ def base(row: str) -> str:
 
 
 def why_not(row: str) -> str | None:
-    """Why a row cannot run here."""
+    """Why a row cannot run here. BWRF needs of the trainers what has no other requirements."""
     needs = {"torchao": ("torchao",), DNQ: ("accelerate", "rich", "safetensors")}
     missing = [name for name in needs.get(row, ()) if importlib.util.find_spec(name) is None]
     return f"{', '.join(missing)} not installed" if missing else None

@@ -51,7 +51,7 @@ SHARED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"model": "resnet20", "epochs": 20},
     "shapes": {
-        "model": "resnet8",
+        "model": "resnet20",
         "epochs": 20,
         "data_options": {"difficulty": 0.7, "train_size": 2560},
     },

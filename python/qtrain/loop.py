@@ -212,7 +212,8 @@ class Loop:
         self.plain = self.accelerator.unwrap_model(self.model)
         self.step = 0
         self.scores: Any = None  # of a run that was finished before
-        self.loss_sum = torch.zeros((), device=self.accelerator.device)
+        # the loss and its parts, since the last line of the log
+        self.loss_sum = torch.zeros(1 + len(recipe.parts), device=self.accelerator.device)
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
@@ -252,7 +253,7 @@ class Loop:
         rate = learning_rate(config, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        self.loss_sum += train_step(
+        loss = train_step(
             self.model,
             batch,
             self.step,
@@ -261,6 +262,7 @@ class Loop:
             backward=accelerator.backward,
             clip=self._clip if config.clip else None,
         )
+        self.loss_sum += torch.stack([loss, *self.recipe.part_values])
         self.recipe.on_step_end(self.plain, self.step)
         self.step += 1
         epochs, within = divmod(self.step, self.per_epoch)
@@ -292,14 +294,15 @@ class Loop:
     def _log(self, epoch: int, rate: float) -> None:
         """The mean loss since the last line; the one place that waits for the device."""
         count = (self.step - 1) % self.config.log_every + 1
-        loss = (self.accelerator.reduce(self.loss_sum, "mean") / count).item()
+        loss, *parts = (self.accelerator.reduce(self.loss_sum, "mean") / count).tolist()
         self.loss_sum.zero_()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"train: loss must be finite, got {loss} at step {self.step} of {self.run.path} "
                 f"(lr {rate:.3g}); try a smaller lr, or clip"
             )
-        self.run.append({"step": self.step, "epoch": epoch, "lr": rate, "loss": loss})
+        named = dict(zip(self.recipe.parts, parts, strict=True))
+        self.run.append({"step": self.step, "epoch": epoch, "lr": rate, "loss": loss, **named})
 
     def _save(self) -> None:
         scaler = self.accelerator.scaler

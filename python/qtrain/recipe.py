@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -105,6 +105,9 @@ class Recipe:
     """Float training; a trainer overrides what it changes."""
 
     name = "float"
+    # what the loss consists of, logged beside it; `loss` then leaves the detached values behind
+    parts: tuple[str, ...] = ()
+    part_values: Sequence[Tensor] = ()
     # until a run binds the recipe to its own
     config = TrainConfig()
 
