@@ -37,6 +37,7 @@ from .ptq import Rounding, ptq_qconfig, quantize
 from .recipe import require
 from .report import RESULTS, reading_results
 from .rundir import RunDir, to_json, write_atomic
+from .seeds import keeping_globals, seed_globals
 
 Scores = tuple[float | None, float | None]  # loss, accuracy
 LINES = 4
@@ -286,7 +287,10 @@ class Survey:
             return state
         model = copy.deepcopy(self.ground.model)
         model.load_state_dict(state)
-        update_bn(self.ground.calibration, model)
+        with keeping_globals():
+            # the pass is one in training mode, and may drop out
+            seed_globals(self.config.seed, 0, "basin/batchnorm")
+            update_bn(self.ground.calibration, model)
         return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
     def _pictures(

@@ -90,9 +90,9 @@ def basin(
     with keeping_globals():
         looked = _batches("evaluation", evaluation, batches, EVALUATION, device)
         learned = _batches("calibration", calibration, batches, CALIBRATION, device)
-    tested = None
-    if test is not None:
-        tested = _tester(loss, [as_pair(batch, device) for batch in test])
+        tested = None
+        if test is not None:
+            tested = _tester(loss, [as_pair(batch, device) for batch in test])
     still = copy.deepcopy(model).eval()
     ground = Ground(still, batches, looked, learned, loss, tested)
     names = {"model": digest(model.state_dict().values()), "evaluation": digest(sum(looked, ()))}

@@ -157,6 +157,17 @@ def test_batchnorm_statistics(mode):
     assert not torch.equal(model[1].weight, before["weight"])
 
 
+def test_statistics_of_their_own(model, report):
+    config = replace(SMALL, bits=(2,), reestimate_batchnorm=True)
+    found = basin(model, loader(), config=config, test=[data()], quiet=True).width(2)
+    before = report.width(2)
+    assert found.qat == before.qat and found.curve == before.curve
+    pairs = zip(found.ptq + found.control, before.ptq + before.control, strict=True)
+    assert all(new.loss != old.loss and new.distance == old.distance for new, old in pairs)
+    again = basin(model, loader(), config=config, test=[data()], quiet=True)
+    assert again.width(2) == found
+
+
 def test_equal_budgets():
     """QAT at each width and the float control see the same batches in the same steps."""
     seen = []
