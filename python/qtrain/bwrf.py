@@ -284,7 +284,7 @@ class BlockReplacement:
         """The student's activations after its blocks."""
         for k in chosen:
             name = self.blocks[k - 1]
-            rule = "a model that calls its blocks in each forward, eagerly (not compiled)"
+            rule = "a model that calls all its blocks in each forward"
             _require(k in seen, "student", rule, f"no call of {name!r}")
             self._check_version(*seen[k], k)
         return {k: seen[k][0] for k in chosen}

@@ -1,5 +1,6 @@
 """The basin report of a user's own model: one grid, equal budgets, the same bits, and its words."""
 
+import copy
 import json
 import math
 import random
@@ -267,6 +268,8 @@ def test_bad_input(model, tmp_path):
     refused(ValueError, "calibration must be one of at least one batch", calibration=[])
     refused(ValueError, "test must be one of at least one batch", test=[])
     refused(ValueError, "must have a Conv, ConvTranspose or Linear", model=nn.BatchNorm1d(4))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    refused(ValueError, "one with parameters that require grad, got none", model=frozen)
     refused(ValueError, "float model", model=prepare(model, SMALL.qconfig(2)))
     refused(ValueError, "bits must be one or more, each once, got", bits=())
     refused(ValueError, "each once", bits=(2, 2))

@@ -335,3 +335,17 @@ def test_named_blocks_and_a_loop_of_ones_own():
     teacher.train()
     bwrf.loss(x, y)
     assert not any(module.training for module in teacher.modules())
+
+
+def test_compiled_in_place():
+    student, teacher = partners("resnet8")
+    eager = copy.deepcopy(student)
+    student.compile(backend="eager")
+    losses = []
+    for model in (student, eager):
+        bwrf = BlockReplacement(model, teacher)
+        losses.append(torch.stack([bwrf.loss(*batch(seed))[0] for seed in range(3)]))
+        losses[-1].mean().backward()
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=0.0)
+    for p, q in zip(student.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
