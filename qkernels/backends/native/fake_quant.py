@@ -29,7 +29,8 @@ def _prepare(
     """-> (y, or x itself in place; mask bytes; empty unless asked for)."""
     dense, _, (outer, channels, inner) = numeric.plan(x, axis, group_size)
     y = dense if inplace or dense is not x else torch.empty_like(dense)
-    bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
+    size = numeric.mask_bytes(outer * channels * inner) if mask else 0
+    bits = x.new_empty(size, dtype=torch.uint8)
     s, zp, zp_is_int = flat_params(scale, zero_point)
     fields = (
         DTYPES[x.dtype],
