@@ -108,7 +108,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, args: tuple[Any, ...], backend: str) -> Tensor:
-        y, mask = _registry.run("fake_quant", backend, *args, True)
+        y, mask = _registry.run_call("fake_quant", backend, (*args, True))
         ctx.save_for_backward(mask)
         ctx.order, ctx.backend = mask_order(y, args[6]), backend
         return y
@@ -220,13 +220,13 @@ def _run(
         return dynamic_with_grad(*args, backend)[0]
     x, scale, zero_point = args[:3]
     needs_grad, learned = wanted(x, scale, zero_point)
+    if eager and not needs_grad:
+        return _registry.run("fake_quant", backend, *args, False)[0]
+    if eager and not learned:
+        return StraightThrough.apply(x, args, backend)
     factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
     if not eager:
         return call("fake_quant", backend, *args, needs_grad and not learned, grad_scale=factor)[0]
-    if not needs_grad:
-        return _registry.run("fake_quant", backend, *args, False)[0]
-    if not learned:
-        return StraightThrough.apply(x, args, backend)
     return Learned.apply(x, scale, zero_point, (args, factor, backend))
 
 
