@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qkernels import numeric
 
-# GPU calls do not wait for the scale to check it, unless the user is looking for a bug
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOAT32, _FLOAT64, _INT32 = torch.float32, torch.float64, torch.int32
+# GPU calls do not wait for the scale to check it, unless the user is looking for a bug
 CHECK_ON_GPU = os.environ.get("QKERNELS_CHECK", "0") == "1"
 
 
