@@ -394,7 +394,7 @@ def test_a_student_that_skips_a_block():
     bwrf = BlockReplacement(student, teacher, ["a", "b", "c"])
     student.skip = True
     with pytest.raises(
-        ValueError, match=r"student must be a model that calls its blocks .* of 'a'"
+        ValueError, match=r"student must be a model that calls all its blocks .* of 'a'"
     ):
         bwrf.loss(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
 
