@@ -52,8 +52,8 @@ def test_study(tmp_path):
     assert len(rows) == 1 and len(rows[0]) == len(columns)
     command = next(line for line in text.splitlines() if line.startswith("Again: `qtrain"))
     assert command == (
-        "Again: `qtrain basin-study --dataset digits --seeds 2 --bits 2 --steps 2 --lr 0.001 --grid "
-        "minmax --batchnorm frozen --adaround-iterations 1 --epochs 1 --model cnn --set "
+        "Again: `qtrain basin-study --dataset digits --seeds 2 --bits 2 --steps 2 --lr 0.001 "
+        "--grid minmax --batchnorm frozen --adaround-iterations 1 --epochs 1 --model cnn --set "
         "model_options.widths=[4,8] --set model_options.strides=[2,2]`."
     )
     stored = json.loads((tmp_path / "results.json").read_text())
