@@ -8,6 +8,7 @@ would.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -314,6 +315,28 @@ def write_study(
     write_atomic(out / RESULTS, to_json(results))
 
 
+def command_of(base: TrainConfig, config: BasinConfig, seeds: int) -> str:
+    """The command line of these settings, as far as it has options for them."""
+    schedule = config.schedule
+    options = {
+        "dataset": base.dataset,
+        "seeds": seeds,
+        "bits": ",".join(map(str, config.bits)),
+        "steps": schedule.steps,
+        "lr": f"{schedule.lr:g}",
+        "grid": config.grid,
+        "batchnorm": schedule.batchnorm,
+        "adaround-iterations": config.adaround.iterations,
+        "epochs": base.epochs,
+        "model": base.model,
+    }
+    words = [f"--{name} {value}" for name, value in options.items()]
+    for name in ("model_options", "data_options"):
+        for key, value in getattr(base, name).items():
+            words.append(f"--set {name}.{key}={json.dumps(value, separators=(',', ':'))}")
+    return f"qtrain basin-study {' '.join(words)}"
+
+
 def report_text(
     base: TrainConfig,
     config: BasinConfig,
@@ -322,8 +345,7 @@ def report_text(
 ) -> str:
     shown, schedule = comparison(base.dataset), config.schedule
     numbers = ", ".join(map(str, reports))
-    widths = ",".join(map(str, config.bits))
-    command = f"qtrain basin-study --dataset {base.dataset} --seeds {len(reports)} --bits {widths}"
+    command = command_of(base, config, len(reports))
     return f"""# qtrain basin-study {base.dataset}
 
 {base.model} {dict(base.model_options)}, {base.epochs} epochs in float; QAT and its control

@@ -50,6 +50,12 @@ def test_study(tmp_path):
     assert all(arm in text for arm in ARMS) and (tmp_path / "study.png").exists()
     columns, rows = diagnosis_table(reports)
     assert len(rows) == 1 and len(rows[0]) == len(columns)
+    command = next(line for line in text.splitlines() if line.startswith("Again: `qtrain"))
+    assert command == (
+        "Again: `qtrain basin-study --dataset digits --seeds 2 --bits 2 --steps 2 --lr 0.001 "
+        "--grid minmax --batchnorm frozen --adaround-iterations 1 --epochs 1 --model cnn --set "
+        "model_options.widths=[4,8] --set model_options.strides=[2,2]`."
+    )
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["verdicts"]["1"] == reports[1].verdict
     # another seed goes on from what is there
