@@ -6,6 +6,7 @@
 // none).
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -133,17 +134,34 @@ NoiseParams read(Fields& next) {
           next, next,         next,       next, next,          next, next};
 }
 
+// The size of a call.
+template <class P>
+static auto elements(const P& p) -> decltype(p.layout.numel()) {
+  return p.layout.numel();
+}
+static int64_t elements(const FakeQuantBwdParams& p) { return p.numel; }
+static int64_t elements(const QParamsParams& p) { return p.channels; }
+static int64_t elements(const FakeQuantDynamicParams& p) { return elements(p.range); }
+static int64_t elements(const ErrorStatsDynamicParams& p) { return elements(p.range); }
+
+// Up to here a call on the CPU keeps the GIL: letting go of it and asking for it again takes half a
+// microsecond, as long as the kernel of a small tensor.
+static constexpr int64_t kMostWithGil = 16384;
+
 template <class P, class R>
 using Cpu = R (*cpu::Kernels::*)(const P*, int64_t, int);
 template <class P>
 using Cuda = cuda::Error (*)(const P*, int64_t, cuda::Stream);
 
-// Runs the list without the GIL. Returns the index of the first call with an invalid scale or zero
-// point where the CPU looked for one, else -1.
+// Runs the list, without the GIL unless it is short. Returns the index of the first call with an
+// invalid scale or zero point where the CPU looked for one, else -1.
 template <class P, class R>
 static int64_t run(const char* op, int device, uint64_t handle, const std::vector<P>& calls,
                    Cpu<P, R> on_cpu, Cuda<P> on_cuda) {
-  py::gil_scoped_release release;
+  int64_t total = 0;
+  for (const P& p : calls) total += elements(p);
+  std::optional<py::gil_scoped_release> release;
+  if (device >= 0 || total > kMostWithGil) release.emplace();
   const int64_t count = int64_t(calls.size());
   if (device < 0) {
     const auto function = cpu::kernels().*on_cpu;

@@ -88,6 +88,11 @@ def log_once(row: Row, why: str) -> None:
 
 def run(op: str, backend: str, *args: Any) -> Any:
     """Run an op with the first row that takes the call; the tensor args[0] names the device."""
+    return run_call(op, backend, args)
+
+
+def run_call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
+    """run, of arguments that are a tuple already."""
     x = args[0]
     device = "cpu" if x.is_cpu else x.device.type  # the latter takes longer
     key = (op, device, backend or _backend)

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import Tensor
 
+from qkernels.ops import _foreach_fake_quant
 from qkernels.ops import fake_quant as _fake_quant
 from qkernels.ops import fake_quant_dynamic as _dynamic
 from qkernels.ops import quant_range as _range
@@ -111,10 +112,10 @@ def fake_quant(
     def run(op: str, calls: list[Any], places: list[int]) -> list[Tensor]:
         run_op = partial(listed.run, op, places=places)
         if op == "fake_quant":
-            return _fake_quant.run_plans(calls, listed.backend, run_op)
+            return _foreach_fake_quant.run_plans(calls, listed.backend, run_op)
         return [y for y, _, _ in _dynamic.run_dynamic(calls, listed.backend, run_op)]
 
-    return listed.run_by_op(listed.each(_fake_quant.list_plan), run)
+    return listed.run_by_op(listed.each(_foreach_fake_quant.list_plan), run)
 
 
 def fake_quant_dynamic(

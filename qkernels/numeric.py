@@ -63,7 +63,8 @@ def memory_order(x: Tensor) -> list[int] | None:
     if x.is_contiguous():
         return []
     stride = x.stride()
-    order = sorted(range(x.dim()), key=lambda d: (x.size(d) != 1, -stride[d]))
+    # numbers, not bools: those of symbolic sizes cannot be ordered
+    order = sorted(range(x.dim()), key=lambda d: (0 if x.size(d) == 1 else 1, -stride[d]))
     return order if x.permute(order).is_contiguous() else None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qkernels
+from qkernels.ops import _check
 
 X = torch.ones(4, 6)
 S = torch.ones(())
@@ -224,3 +227,29 @@ def test_more_bad_arguments() -> None:
     mask = torch.zeros(6, dtype=torch.uint8)[::2]
     with pytest.raises(ValueError, match=r"^fake_quant_bwd: mask must be contiguous, got strides"):
         torch.ops.qkernels.fake_quant_bwd(X, mask, [])
+
+
+def test_what_fits_passes_the_checks_in_full() -> None:
+    """`fit` may say no to anything, and yes only where the other checks change nothing."""
+    x, imaginary = torch.randn(4, 3), torch.randn(4, dtype=torch.complex64).conj()
+    params = [
+        torch.ones(()), torch.ones(1), torch.ones(4), torch.ones(1, 1), torch.ones(4, 1),
+        torch.ones(4).half(), torch.ones(4).double(), torch.ones(4, dtype=torch.int32),
+        torch.ones(1, dtype=torch.int64), torch.ones(4, device="meta"), torch.ones(3),
+        torch.nn.Parameter(torch.ones(4)), imaginary.imag, 0.5, None, "1",
+        torch.ones((), dtype=torch.int32), torch.ones(1, 4, dtype=torch.int32),
+    ]  # fmt: skip
+    assert imaginary.imag.is_neg()
+    said_yes = 0
+    for scale, zero_point, axis, group_size in itertools.product(
+        params, params, (None, 0), (None, 3)
+    ):
+        if axis is not None and group_size is not None:
+            continue
+        if _check.fit(x, scale, zero_point, axis, group_size):
+            said_yes += 1
+            assert _check.as_scale("fake_quant", x, scale) is scale
+            assert _check.as_zero_point("fake_quant", x, zero_point) is zero_point
+            _check.check_entries("fake_quant", x, scale, zero_point, axis, group_size)
+    # a 0-dim or 1-entry scale with none or one int32; 4 entries, 2 scales, none or one int32
+    assert said_yes == 2 * 2 + 2 * 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from harness import clocks, table, timing
+from harness.record import work_of
 from report import __main__ as command
 from report import markdown, read
+
+import qkernels
 
 
 def bench(name: str, us: float, rivals: dict[str, float], **info: Any) -> dict[str, Any]:
@@ -247,6 +252,63 @@ def test_cuda_clock_lets_the_host_get_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(now)))
     clock.times(lambda: cuda.work(2.0), 1)
     assert buffer.flushes == 3 + 64  # three to time a flush, then the most
+
+
+class FakeBenchmark:
+    """What pytest-benchmark's fixture has that a race uses."""
+
+    def __init__(self) -> None:
+        self.disabled, self.extra_info = False, {}
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=0.0))
+
+    def pedantic(self, call: Any, rounds: int, iterations: int) -> None:
+        spent = []
+        for _ in range(rounds):
+            start = clocks.read_ledger()
+            call()
+            spent.append(clocks.read_ledger() - start)
+        self.stats.stats.median = statistics.median(spent)
+
+
+RECORDED = {
+    "op", "row", "granularity", "dtype", "shape", "median_us", "p20_us", "p80_us", "ideal_bytes",
+    "formula", "gb_per_s", "fraction_of_copy", "saved_bytes", "peak_bytes", "torch", "triton",
+    "cuda", "device", "device_name", "commit",
+}  # fmt: skip
+
+
+def test_a_row_says_all_of_its_work_even_of_many_small_calls() -> None:
+    x, scale = torch.randn(8, 128, requires_grad=True), torch.tensor(0.1)
+    own = x.detach()
+    out = torch.empty_like(own)
+    ours = lambda: qkernels.fake_quant(x, scale, bits=8)  # noqa: E731
+    benchmark = FakeBenchmark()
+    timing.race(
+        benchmark,
+        timing.batched(ours, 10),
+        {"copy": timing.batched(lambda: out.copy_(own), 10)},
+        work=work_of("fake_quant", x, 10 * 8320, "10 (2 N s + N/8)", copied=10 * 8192),
+        rounds=3,
+        one=ours,
+    )
+    info = benchmark.extra_info
+    assert set(info) >= RECORDED
+    # the memory of one call: a bit an element is saved; result and mask are allocated
+    assert (info["saved_bytes"], info["peak_bytes"]) == (128, 4096 + 128)
+    assert info["gb_per_s"] == pytest.approx(83_200 / info["median_us"] / 1e3, rel=1e-2)
+
+
+def test_every_race_is_told_its_work() -> None:
+    files = sorted(Path(timing.__file__).parents[1].glob("bench_*.py"))
+    races = [
+        (path.name, node.lineno, {k.arg for k in node.keywords})
+        for path in files
+        if path.name != "bench_step.py"  # whose race is of steps
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "race"
+    ]
+    assert len(races) > 20
+    assert [where for *where, given in races if "work" not in given] == []
 
 
 def test_ledger_hands_over_what_was_measured() -> None:

@@ -44,6 +44,11 @@ def configs() -> dict[str, Any]:
         "minmax": QConfig.minmax(4, 4, first_last_bits=None),
         "percentile": QConfig(weight, mean, first_last_bits=None),
         "lsq": QConfig.lsq(4, 4, first_last_bits=None),
+        "lsq+": QConfig.lsq_plus(4, 4, first_last_bits=None),
+        "pact": QConfig.pact(4, 4, first_last_bits=None),
+        "dorefa": QConfig.dorefa(4, 4, first_last_bits=None),
+        "quant-noise": QConfig.quant_noise(4, 4, first_last_bits=None),
+        "qdrop": QConfig.qdrop(4, 4, first_last_bits=None),
     }
 
 
@@ -51,7 +56,8 @@ def work(rank: int, folder: str) -> None:
     """One process: train each config under DDP, and save what came."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    from qkernels.nn import prepare
+    from qkernels import Noise
+    from qkernels.nn import QuantSpec, fake_quantizer, prepare
 
     store = f"file://{folder}/store"
     limit = timedelta(seconds=60)
@@ -59,7 +65,7 @@ def work(rank: int, folder: str) -> None:
     found = {}
     for name, config in configs().items():
         torch.manual_seed(rank)  # DDP sends the parameters of rank 0
-        model = prepare(Net(), config)
+        model = prepare(Net(), config, noise=Noise(0))
         ddp = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(ddp.parameters(), 0.05)
         history = []
@@ -73,6 +79,13 @@ def work(rank: int, folder: str) -> None:
     alone.a.input_fake_quant.sync_ranks = False
     alone.a(batch(rank, 0))
     found["alone"] = alone.a.input_fake_quant.range
+    for kind, layer in (("quant-noise", "weight"), ("qdrop", "input")):
+        model = prepare(Net(), configs()[kind], noise=Noise(0))
+        quantizer: Any = model.get_submodule(f"a.{layer}_fake_quant")
+        found[f"{layer} mask"] = quantizer.mask(torch.zeros(6, 4))
+    clipped = fake_quantizer(QuantSpec(4, kind="dorefa_activation"))
+    clipped(batch(rank, 0).relu() - rank)  # below 0 on rank 1 alone
+    found["clipped"] = clipped.range
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -86,7 +99,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("name", ["minmax", "percentile", "lsq"])
+@pytest.mark.parametrize(
+    "name", ["minmax", "percentile", "lsq", "lsq+", "pact", "dorefa", "quant-noise", "qdrop"]
+)
 def test_ranks_agree_to_the_bit(results: list[dict[str, Any]], name: str) -> None:
     first, second = (r[name] for r in results)
     for step in range(STEPS):
@@ -126,3 +141,16 @@ def test_first_scales_are_the_mean_of_the_ranks(results: list[dict[str, Any]]) -
 def test_a_rank_can_keep_to_itself(results: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(results):
         assert torch.equal(found["alone"], torch.stack(batch(rank, 0).aminmax()))
+
+
+def test_ranks_share_the_mask_of_a_weight_and_not_that_of_an_input(
+    results: list[dict[str, Any]],
+) -> None:
+    first, second = results
+    assert torch.equal(first["weight mask"], second["weight mask"])
+    assert not torch.equal(first["input mask"], second["input mask"])
+
+
+def test_one_rank_below_zero_is_enough_for_dorefa(results: list[dict[str, Any]]) -> None:
+    for found in results:
+        assert found["clipped"].tolist() == [-1, 1]

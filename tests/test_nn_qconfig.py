@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,40 @@ def test_presets_are_what_their_docs_say() -> None:
     assert QConfig.lsq(None, 4).weight is None
 
 
+def test_presets_of_the_other_papers() -> None:
+    minmax, lsq = QConfig.minmax(2, 4), QConfig.lsq(2, 4)
+    learned = {"method": "mse", "learned": True, "clip": "value"}
+    plus = QConfig.lsq_plus(2, 4)
+    assert plus.weight == QuantSpec(2, axis=0, symmetric=True, **learned)
+    assert plus.activation == QuantSpec(4, learned_zero_point=True, **learned)
+    pact = QConfig.pact(2, 4)
+    assert pact.weight == minmax.weight
+    assert pact.activation == QuantSpec(4, kind="pact", learned=True)
+    dorefa = QConfig.dorefa(2, 4)
+    assert dorefa.weight == QuantSpec(2, kind="dorefa_weight")
+    assert dorefa.activation == QuantSpec(4, kind="dorefa_activation", clip="value")
+    assert dorefa.weight.dynamic and not dorefa.activation.dynamic
+    noise = QConfig.quant_noise(2, 4)
+    assert noise.weight == replace(minmax.weight, kind="quant_noise", p=0.5)
+    assert noise.activation == minmax.activation
+    drop = QConfig.qdrop(2, 4, p=0.25)
+    assert drop.weight == lsq.weight
+    assert drop.activation == replace(lsq.activation, kind="qdrop", p=0.25)
+    for make in (QConfig.lsq_plus, QConfig.pact, QConfig.dorefa, QConfig.quant_noise):
+        assert make(None, 4).weight is None and make(4, None).activation is None
+    assert QConfig.qdrop(None, 2, first_last_bits=4).first_last_bits == 4
+
+
+def test_more_bits_for_the_first_and_last_layer() -> None:
+    """Each kind keeps its ways; DoReFa's layers are min-max there, as its paper has them float."""
+    for make in (QConfig.lsq_plus, QConfig.pact, QConfig.quant_noise, QConfig.qdrop):
+        wide, eight = make(2, 4).widened(), make(8, 8)
+        assert (wide.weight, wide.activation) == (eight.weight, eight.activation)
+    assert QConfig.dorefa(2, 4).widened() == QConfig.minmax(8, 8)
+    narrow = QConfig.dorefa(2, 4, first_last_bits=None)
+    assert narrow.widened() == narrow
+
+
 def test_config_survives_json_and_pickle() -> None:
     config = QConfig(
         QuantSpec(2, group_size=16, symmetric=True, narrow_range=True, method="mse"),
@@ -96,6 +131,22 @@ def test_config_survives_json_and_pickle() -> None:
     assert again == config
     assert list(again.overrides) == ["stem.*", "head", "*"]
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("name", ["lsq_plus", "pact", "dorefa", "quant_noise", "qdrop"])
+def test_kinds_survive_json(name: str) -> None:
+    config = getattr(QConfig, name)(2, 3)
+    assert QConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_from_before_there_were_kinds_is_the_same() -> None:
+    """A run directory that holds one can be gone on with."""
+    old = {"bits": 4, "axis": 0, "group_size": None, "symmetric": True, "narrow_range": False}
+    old |= {"method": "minmax", "percentile": None, "learned": False, "clip": "code", "ema": None}
+    assert QuantSpec(4, axis=0, symmetric=True).to_dict() == old
+    assert QuantSpec.from_dict(old) == QuantSpec(4, axis=0, symmetric=True)
+    new = QuantSpec(4, kind="qdrop", p=0.5).to_dict()
+    assert (new["kind"], new["p"]) == ("qdrop", 0.5) and "learned_zero_point" not in new
 
 
 def test_from_dict_refuses_unknown_keys() -> None:

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import qkernels
+from qkernels import Noise
 from qkernels.nn import QConfig, calibrate, float_state_dict, prepare
 
-CONFIGS = {"minmax": QConfig.minmax(3, 3), "lsq": QConfig.lsq(3, 3)}
+# what keeps its old value until the first forward sets it
+FIRST_VALUES = ("scale", "zero_point", "alpha")
+CONFIGS = {
+    "minmax": QConfig.minmax(3, 3),
+    "lsq": QConfig.lsq(3, 3),
+    "lsq+": QConfig.lsq_plus(3, 3),
+    "pact": QConfig.pact(3, 3),
+    "dorefa": QConfig.dorefa(3, 3, first_last_bits=None),
+    "quant-noise": QConfig.quant_noise(3, 3),
+}
 
 
 def net(seed: int) -> nn.Sequential:
@@ -28,13 +38,18 @@ def net(seed: int) -> nn.Sequential:
     )
 
 
+def made(seed: int, config: QConfig) -> nn.Module:
+    """The net, prepared; its masks, if it has any, are those of step 0 throughout."""
+    return prepare(net(seed), config, noise=Noise(0))
+
+
 def inputs(seed: int = 9) -> Tensor:
     return torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
 def trained(config: QConfig) -> nn.Module:
     """A prepared model after a few steps, so that everything has moved."""
-    model = prepare(net(0), config)
+    model = made(0, config)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for seed in range(3):
         optimizer.zero_grad()
@@ -45,7 +60,7 @@ def trained(config: QConfig) -> nn.Module:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_float_keys_survive(config: QConfig) -> None:
-    plain, model = net(0), prepare(net(0), config)
+    plain, model = net(0), made(0, config)
     assert set(plain.state_dict()) <= set(model.state_dict())
     state = float_state_dict(model)
     assert list(state) == list(plain.state_dict())
@@ -62,9 +77,9 @@ def test_a_float_checkpoint_loads_strictly_and_starts_the_quantizers_anew(config
     model = trained(config)
     result = model.load_state_dict(source.state_dict(), strict=True)
     assert not result.missing_keys and not result.unexpected_keys
-    fresh = prepare(source, config)
+    fresh = prepare(source, config, noise=Noise(0))
     for name, tensor in fresh.state_dict().items():
-        if not name.endswith(("input_fake_quant.scale", "input_fake_quant.zero_point")):
+        if not name.endswith(tuple(f"input_fake_quant.{kept}" for kept in FIRST_VALUES)):
             assert torch.equal(model.state_dict()[name], tensor), name
     with pytest.raises(RuntimeError, match=r"'0\.input_fake_quant': range must be set"):
         model.eval()(inputs())
@@ -103,7 +118,7 @@ def test_a_prepared_checkpoint_comes_back_to_the_bit(config: QConfig) -> None:
     stream = io.BytesIO()
     torch.save(model.state_dict(), stream)
     stream.seek(0)
-    other = prepare(net(1), config)
+    other = made(1, config)
     other.load_state_dict(torch.load(stream, weights_only=True), strict=True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name

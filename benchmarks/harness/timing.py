@@ -58,6 +58,7 @@ def race(
     rounds: int | None = None,
     before: Call = nothing,
     memory: bool = True,
+    one: Call | None = None,
 ) -> None:
     """Time ours against its rivals and leave the figures in benchmark.extra_info.
 
@@ -68,6 +69,7 @@ def race(
         rounds: so many turns of 8 untimed and 5 timed calls; None: as the budget allows.
         before: runs untimed before each timed call, of ours and of the rivals (to clear gradients).
         memory: measure saved bytes and peak memory of a call, after the timing.
+        one: the call whose memory that is, where ours is many.
     """
     contenders = {"ours": ours, **rivals}
     for call in (*rivals.values(), ours):  # compiles, allocates, wakes threads
@@ -94,9 +96,9 @@ def race(
         info["rivals_wall_us"] = {name: micro(t) for name, t in walls.items()}
     if memory:
         before()
-        info["saved_bytes"] = saved_bytes(ours)
+        info["saved_bytes"] = saved_bytes(one or ours)
         before()
-        info["peak_bytes"], info["peak_how"] = peak_bytes(ours, work.device)
+        info["peak_bytes"], info["peak_how"] = peak_bytes(one or ours, work.device)
 
 
 def plan(

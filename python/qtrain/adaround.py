@@ -158,7 +158,7 @@ def learn_rounding(
     runner = _Runner(float_model, model, data, forward or _forward)
     ours = Track(work(model, settings), "AdaRound")
     done = []
-    with ours if track is None else nullcontext(track) as bar, _evaluating(float_model, model):
+    with ours if track is None else nullcontext(track) as bar, evaluating(float_model, model):
         calls = runner.calls(layers)
         for name in [*calls, *(n for n in layers if n not in calls)]:
             bar.relabel(f"AdaRound {name}")
@@ -223,7 +223,7 @@ def _check_models(float_model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode; each module's own setting is put back."""
     training = {module: module.training for model in models for module in model.modules()}
     for model in models:

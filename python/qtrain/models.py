@@ -140,14 +140,14 @@ class Attention(nn.Module):
 
 
 class VitBlock(nn.Module):
-    """LayerNorm before attention and before the MLP."""
+    """LayerNorm before attention and before the MLP, which is ``ratio`` times as wide inside."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, ratio: int = 2) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D]

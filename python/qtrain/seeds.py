@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -35,3 +37,15 @@ def seed_globals(seed: int, step: int, stream: str) -> None:
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
+
+
+@contextmanager
+def keeping_globals() -> Iterator[None]:
+    """The global generators are, afterwards, where they were before."""
+    ours = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(ours[0])
+            np.random.set_state(ours[1])

@@ -12,7 +12,7 @@ from qkernels import numeric
 from qkernels.nn import observe
 from qkernels.nn.error_moves import compiled_moves, move, move_op
 from qkernels.nn.fake_quantize import NARROW
-from qkernels.nn.qconfig import QuantSpec
+from qkernels.nn.quant_spec import QuantSpec
 from qkernels.ops import _check
 from qkernels.ops._library import call
 from qkernels.ops.error_stats import ErrorStats, stats_call, update_error_stats

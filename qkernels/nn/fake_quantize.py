@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qkernels import numeric
 from qkernels.nn import observe
-from qkernels.nn.qconfig import QuantSpec
+from qkernels.nn.quant_spec import QuantSpec
 from qkernels.ops.fake_quant import fake_quant
 from qkernels.ops.quant_range import QuantRange, observe_range, qparams
 
@@ -24,7 +24,8 @@ class FakeQuantize(nn.Module):
         dynamic: nothing;
         running: buffer `range`, [2] or [2, channels], lower and upper bounds;
         learned: parameter `scale`, [1] or [channels] (sharding refuses 0-dim parameters), and, if
-            affine, buffer `zero_point`, [] or [channels], int32;
+            affine, buffer `zero_point`, [] or [channels], int32; with learned_zero_point it is a
+            parameter of scale's shape;
         running and learned: buffer `initialized`, uint8, 0 until there is a value.
     State stays fp32 in a model cast to fp16 or bf16, where an average would stop moving.
 
@@ -39,14 +40,19 @@ class FakeQuantize(nn.Module):
     Eval mode: nothing changes; a range that was never set is an error.
 
     The learned scale in use is |scale| + the smallest normal number: positive whatever the
-    optimizer does, with gradient +-1 to the parameter. The gradient of the scale in use is LSQ's,
-    times 1 / sqrt(N Qp).
+    optimizer does, with gradient +-1 to the parameter (our rule: the paper has none). The gradient
+    of the scale in use is LSQ's, times 1 / sqrt(N Qp).
+
+    A learned zero point (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576) is in codes, and rounded half
+    to even for use; the paper's offset is beta = -zero_point scale, in the units of x. Its gradient
+    is that of the rounded one, 0 inside and -scale where x is clipped, times 1 / sqrt(N Qp) too
+    (our choice). It starts as the affine range's and is not held to the codes.
 
     A step compiled before there is a first value keeps the code that takes it (the values are
     right, the step is slower): calibrate before compiling.
 
     Args:
-        spec: what to do.
+        spec: what to do; of this class's kind (`fake_quantizer` finds the class of a kind).
         channels: number of scales, for a spec with axis or group_size.
 
     Attributes:
@@ -56,6 +62,7 @@ class FakeQuantize(nn.Module):
         label: name for error messages; `prepare` sets the dotted name.
     """
 
+    kind = "plain"
     scale: nn.Parameter | None
     zero_point: Tensor | None
     range: Tensor | None
@@ -65,6 +72,9 @@ class FakeQuantize(nn.Module):
         super().__init__()
         if not isinstance(spec, QuantSpec):
             raise TypeError(f"FakeQuantize: spec must be a QuantSpec, got {spec!r}")
+        if spec.kind != self.kind:
+            own = type(self).__name__
+            raise ValueError(f"{own}: spec must be of kind {self.kind}, got {spec.kind}")
         if type(channels) is not int or channels < 0:
             raise ValueError(f"FakeQuantize: channels must be an int of at least 0, got {channels}")
         if channels != 1 and not spec.per_channel:
@@ -106,7 +116,10 @@ class FakeQuantize(nn.Module):
         bounds = None if spec.ema is None else torch.zeros(2, *shape)
         flag = None if spec.dynamic else torch.zeros((), dtype=torch.uint8)
         self.register_parameter("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        if spec.learned_zero_point:
+            self.register_parameter("zero_point", nn.Parameter(torch.zeros(shape or (1,))))
+        else:
+            self.register_buffer("zero_point", zero_point)
         self.register_buffer("range", bounds)
         self.register_buffer("initialized", flag)
 
@@ -127,12 +140,20 @@ class FakeQuantize(nn.Module):
                 self._collect(self.measure(x))
             return x
         if self.spec.dynamic:
-            return fake_quant(x, **self._of_dynamic) if self.fake_quant_enabled else x
+            return self._quantize_dynamic(x) if self.fake_quant_enabled else x
         params = self._observe(x) if self.training and self.observer_enabled else None
         if not self.fake_quant_enabled:
             return x
         self._require_value()
         scale, zero_point = params or self._params(self.range)
+        return self._quantize(x, scale, zero_point)
+
+    def _quantize_dynamic(self, x: Tensor) -> Tensor:
+        """x with the range of x. This and the next methods are what other kinds change."""
+        return fake_quant(x, **self._of_dynamic)
+
+    def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """x with what `_params` gave."""
         return fake_quant(x, scale, zero_point, **self._of_quant)
 
     def qparams(self) -> QuantRange:
@@ -151,6 +172,8 @@ class FakeQuantize(nn.Module):
             scale = scale.reshape(())
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        elif zero_point.is_floating_point():
+            zero_point = zero_point.detach().round().to(torch.int32).reshape(scale.shape)
         return QuantRange(scale, zero_point)
 
     def _params(self, bounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +230,7 @@ class FakeQuantize(nn.Module):
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Set the learned scale's first value (None), or move the range: the parameters for x."""
         sync = self.sync_ranks and observe.many_ranks()
-        if self.range is None:
+        if self.spec.ema is None or self.range is None:
             self._first_value(x, sync)
             return None
         compiling = torch.compiler.is_compiling()
@@ -216,7 +239,7 @@ class FakeQuantize(nn.Module):
                 return None
             return self._params(self._recent.recall(self.measure(x), self.range))
         local = self.range.clone() if x.numel() == 0 else self.measure(x)
-        how = (self.spec.ema or 0.0, self._union, sync)
+        how = (self.spec.ema, self._union, sync)
         if compiling:
             used = observe.step_op(self.range, local, *how)
             params = self._params(used)
@@ -232,7 +255,9 @@ class FakeQuantize(nn.Module):
         if self._settled or (not torch.compiler.is_compiling() and observe.recomputing()):
             return
         measured = self.measure(x)
-        self._write(observe.average(measured) if sync else measured, self.initialized)
+        if sync:
+            measured = observe.widest(measured) if self._union else observe.average(measured)
+        self._write(measured, self.initialized)
 
     def _write(self, measured: Tensor, unless: Tensor | None) -> None:
         """Set the state; where `unless` is set, or the value not finite, it stays as it is (so a
@@ -240,6 +265,10 @@ class FakeQuantize(nn.Module):
         keep = ~measured.isfinite().all(0)
         if unless is not None:
             keep = keep | unless.bool()
+        self._set(keep, measured)
+        self._mark()
+
+    def _set(self, keep: Tensor, measured: Tensor) -> None:
         if self.range is not None:
             self.range.copy_(torch.where(keep, self.range, measured))
         elif self.scale is not None:
@@ -247,7 +276,6 @@ class FakeQuantize(nn.Module):
             if self.zero_point is not None:
                 _, zero_point = qparams(measured[1:], **self._of_qparams)
                 self.zero_point.copy_(torch.where(keep, self.zero_point, zero_point))
-        self._mark()
 
     def _mark(self) -> None:
         assert self.initialized is not None, "only a quantizer with state is marked"
@@ -303,6 +331,8 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         kind = "learned scale" if spec.learned else "dynamic"
+        if spec.learned_zero_point:
+            kind += " and zero point"
         if spec.ema is not None:
             kind = f"running range, ema={spec.ema}"
         where = "per tensor" if spec.axis is None else f"axis={spec.axis}"

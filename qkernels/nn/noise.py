@@ -23,7 +23,7 @@ from qkernels.nn.noise_modules import (
     WeightNoise,
 )
 from qkernels.nn.prepare import Layer, quantizable_layers, require_float, weight_spec
-from qkernels.nn.qconfig import QuantSpec
+from qkernels.nn.quant_spec import QuantSpec
 from qkernels.noise_source import Noise
 from qkernels.ops.error_stats import ErrorStats
 

@@ -12,8 +12,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from qkernels import numeric
 from qkernels.nn.fake_quantize import FakeQuantize
+from qkernels.nn.kinds import fake_quantizer
 from qkernels.nn.layers import QUANT_CLASS, QuantLayer
-from qkernels.nn.qconfig import QConfig, QuantSpec
+from qkernels.nn.partial import PartialFakeQuantize
+from qkernels.nn.qconfig import QConfig
+from qkernels.nn.quant_spec import RANDOM, QuantSpec
+from qkernels.noise_source import Noise
 
 log = logging.getLogger("qkernels")
 
@@ -32,7 +36,9 @@ class Layer(NamedTuple):
     names: list[str]
 
 
-def prepare(model: nn.Module, qconfig: QConfig, *, inplace: bool = False) -> nn.Module:
+def prepare(
+    model: nn.Module, qconfig: QConfig, *, inplace: bool = False, noise: Noise | None = None
+) -> nn.Module:
     """Make the Conv, ConvTranspose and Linear layers of a model fake-quantize weight and input.
 
     Each such layer changes its class, in place, to the quantized one (`QuantConv2d` is an
@@ -54,13 +60,15 @@ def prepare(model: nn.Module, qconfig: QConfig, *, inplace: bool = False) -> nn.
         qconfig: see `QConfig`.
         inplace: change the model itself and not a copy. Parameters are the same objects then, so an
             optimizer made before goes on (learned scales are new parameters).
+        noise: seed and step of the masks of Quant-Noise and QDrop, for a qconfig with these. The
+            caller advances it once per optimizer step.
 
     Returns:
         The prepared model. Learned weight scales are set; ranges and learned scales of activations
         are set by `calibrate` or by the first training step.
 
     Raises:
-        TypeError: model is no Module, or qconfig no QConfig.
+        TypeError: model is no Module, qconfig no QConfig, or noise no Noise where one is needed.
         ValueError: no quantizable layer; a model that is prepared already; an override pattern that
             matches no layer; axis or group_size that does not fit a layer (which is named).
     """
@@ -68,11 +76,14 @@ def prepare(model: nn.Module, qconfig: QConfig, *, inplace: bool = False) -> nn.
         raise TypeError(f"prepare: model must be a Module, got {type(model).__name__}")
     if not isinstance(qconfig, QConfig):
         raise TypeError(f"prepare: qconfig must be a QConfig, got {type(qconfig).__name__}")
+    if not isinstance(noise, Noise) and (noise is not None or qconfig.random):
+        kinds = f" for {' and '.join(RANDOM)}" if noise is None else " or None"
+        raise TypeError(f"prepare: noise must be a Noise{kinds}, got {noise!r}")
     require_float("prepare", model)
     if not inplace:
         model = copy.deepcopy(model)
     plan = [
-        (layer, quantizers(layer, config))
+        (layer, quantizers(layer, config, noise))
         for layer, config in assign(quantizable_layers(model), qconfig)
         if config is not None and not (config.weight is None and config.activation is None)
     ]
@@ -150,7 +161,9 @@ def assign(layers: list[Layer], qconfig: QConfig) -> list[tuple[Layer, QConfig |
     return result
 
 
-def quantizers(layer: Layer, config: QConfig) -> tuple[FakeQuantize | None, FakeQuantize | None]:
+def quantizers(
+    layer: Layer, config: QConfig, noise: Noise | None = None
+) -> tuple[FakeQuantize | None, FakeQuantize | None]:
     """(weight's, input's) quantizer for a layer, on its device.
 
     Raises:
@@ -161,16 +174,20 @@ def quantizers(layer: Layer, config: QConfig) -> tuple[FakeQuantize | None, Fake
     if config.weight is not None:
         spec = weight_spec(name, module, config.weight)
         shape = module.weight.shape
-        weight = FakeQuantize(spec, numeric.channel_count(shape, spec.axis, spec.group_size))
+        weight = fake_quantizer(spec, numeric.channel_count(shape, spec.axis, spec.group_size))
         weight.label = f"{name}.weight_fake_quant".lstrip(".")
         # every rank has the same weight
         weight.sync_ranks = False
     if config.activation is not None:
         channels = input_channels(name, module, config.activation)
-        activation = FakeQuantize(config.activation, channels)
+        activation = fake_quantizer(config.activation, channels)
         activation.label = f"{name}.input_fake_quant".lstrip(".")
+        if isinstance(activation, PartialFakeQuantize):
+            activation.per_rank = True
     dtype = numeric.compute_dtype(module.weight.dtype)
     for quantizer in (weight, activation):
+        if isinstance(quantizer, PartialFakeQuantize):
+            quantizer.noise = noise
         if quantizer is not None:
             quantizer.to(device=module.weight.device, dtype=dtype).train(module.training)
     return weight, activation

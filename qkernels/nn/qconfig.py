@@ -1,104 +1,13 @@
-"""QuantSpec and QConfig: what is quantized, and how."""
+"""QConfig: what `prepare` does to each quantizable layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkernels import numeric
-from qkernels.ops import _check
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How one kind of tensor is quantized. The names are those of `qkernels.fake_quant`.
-
-    The range comes from one of three places:
-        dynamic (learned=False, ema=None): from the tensor at hand, in every forward;
-        running (ema given): from an average over training steps, see `FakeQuantize`;
-        learned (learned=True): the scale is a parameter, trained with the gradient of LSQ.
-
-    Attributes:
-        bits: 1 .. 16.
-        axis: dimension with one scale per entry; None: one scale for the tensor. For the weight of
-            a ConvTranspose, 0 and 1 mean output and input channels as for the other layers; see
-            `qkernels.nn.prepare`.
-        group_size: one scale per run of group_size elements. Not together with axis.
-        symmetric, narrow_range, percentile: as in `fake_quant`.
-        method: "minmax", "percentile", "mse" or "lsq": how a range is taken from a tensor; for a
-            learned scale, where it starts. "lsq" gives a scale and no range, so not with ema.
-        learned: make the scale a parameter.
-        clip: "code" or "value", see `fake_quant`.
-        ema: decay d in [0, 1) of the running range, range <- d range + (1 - d) observed.
-
-    Raises:
-        TypeError, ValueError: an attribute that no op would take, or a pair that excludes itself.
-    """
-
-    bits: int
-    axis: int | None = None
-    group_size: int | None = None
-    symmetric: bool = False
-    narrow_range: bool = False
-    method: str = "minmax"
-    percentile: float | None = None
-    learned: bool = False
-    clip: str = "code"
-    ema: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("symmetric", "narrow_range", "learned"):
-            _require_type(name, getattr(self, name), bool, "a bool")
-        for name in ("axis", "group_size"):
-            if getattr(self, name) is not None:
-                _require_type(name, getattr(self, name), int, "an int or None")
-        numeric.code_range("QuantSpec", self.bits, self.symmetric, self.narrow_range)
-        _check.as_percentile("QuantSpec", self.method, self.percentile)
-        _check.check_choice("QuantSpec", "clip", self.clip, numeric.CLIPS)
-        if self.group_size is not None and self.axis is not None:
-            _fail("group_size", "None when axis is given", self.group_size)
-        if self.group_size is not None and self.group_size < 1:
-            _fail("group_size", "at least 1", self.group_size)
-        self._check_ema()
-
-    def _check_ema(self) -> None:
-        if self.ema is None:
-            return
-        if isinstance(self.ema, bool) or not isinstance(self.ema, (int, float)):
-            raise TypeError(f"QuantSpec: ema must be a number in [0, 1) or None, got {self.ema!r}")
-        if not 0.0 <= self.ema < 1.0:
-            _fail("ema", "in [0, 1) or None", self.ema)
-        if self.learned:
-            _fail("ema", "None when learned is True", self.ema)
-        if self.method == "lsq":
-            _fail("method", "minmax, percentile or mse when ema is given", repr(self.method))
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the range is that of the tensor at hand, so that nothing is kept."""
-        return not self.learned and self.ema is None
-
-    @property
-    def per_channel(self) -> bool:
-        """Whether there is more than one scale."""
-        return self.axis is not None or self.group_size is not None
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `fake_quant` and `error_stats` for a tensor of this kind."""
-        kept = ("learned", "ema")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` reads it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
-        """The inverse of `to_dict`; unknown keys raise ValueError."""
-        _known_keys(cls, data)
-        return cls(**data)
+from qkernels.nn.quant_spec import QuantSpec, known_keys
 
 
 @dataclass(frozen=True)
@@ -113,7 +22,7 @@ class QConfig:
             other QConfig only weight and activation are read.
         first_last_bits: the first and the last quantizable layer (in the order of the modules'
             registration) get at least so many bits, as is usual from LSQ's paper on. None: no
-            exception.
+            exception. DoReFa's become min-max there, see `dorefa`.
 
     Raises:
         TypeError, ValueError: an attribute of the wrong kind.
@@ -164,15 +73,10 @@ class QConfig:
         per tensor, running range with decay 0.9.
 
         Args:
-            weight_bits, activation_bits: 1 .. 16; None: not quantized.
-            options: `overrides` and `first_last_bits`.
+            weight_bits, activation_bits: 1 .. 16; None: not quantized. So in all presets.
+            options: `overrides` and `first_last_bits`. So in all presets.
         """
-        weight = activation = None
-        if weight_bits is not None:
-            weight = QuantSpec(weight_bits, axis=0, symmetric=True)
-        if activation_bits is not None:
-            activation = QuantSpec(activation_bits, ema=0.9)
-        return cls(weight, activation, **options)
+        return cls(_minmax_weight(weight_bits), _minmax_activation(activation_bits), **options)
 
     @classmethod
     def lsq(cls, weight_bits: int | None, activation_bits: int | None, **options: Any) -> QConfig:
@@ -181,18 +85,83 @@ class QConfig:
         Weights: symmetric, per output channel. Activations: affine, per tensor; the zero point is
         that of the first batch (0 for x >= 0) and stays. Both start at 2 mean|x| / sqrt(Qp) and
         clip by value, as the paper does.
-
-        Args:
-            weight_bits, activation_bits: 1 .. 16; None: not quantized.
-            options: `overrides` and `first_last_bits`.
         """
-        learned: dict[str, Any] = {"method": "lsq", "learned": True, "clip": "value"}
-        weight = activation = None
-        if weight_bits is not None:
-            weight = QuantSpec(weight_bits, axis=0, symmetric=True, **learned)
-        if activation_bits is not None:
-            activation = QuantSpec(activation_bits, **learned)
-        return cls(weight, activation, **options)
+        weight = _spec(weight_bits, axis=0, symmetric=True, **_LSQ)
+        return cls(weight, _spec(activation_bits, **_LSQ), **options)
+
+    @classmethod
+    def lsq_plus(
+        cls, weight_bits: int | None, activation_bits: int | None, **options: Any
+    ) -> QConfig:
+        """Learned scales and, for activations, zero points (LSQ+, Bhalgat et al. 2020, arXiv
+        2004.09576).
+
+        Weights: symmetric, per output channel. Activations: affine, per tensor. Activations start
+        where the squared error of the first batch is least, as in the paper, among the candidates
+        of `quant_range`'s "mse"; weights too (our choice: the paper starts them from their mean and
+        standard deviation).
+        """
+        learned = {**_LSQ, "method": "mse"}
+        weight = _spec(weight_bits, axis=0, symmetric=True, **learned)
+        return cls(weight, _spec(activation_bits, learned_zero_point=True, **learned), **options)
+
+    @classmethod
+    def pact(cls, weight_bits: int | None, activation_bits: int | None, **options: Any) -> QConfig:
+        """Activations clipped at a learned bound (PACT, Choi et al. 2018, arXiv 1805.06085), see
+        `PactFakeQuantize`. Weights as in `minmax` (our choice: the paper takes DoReFa's)."""
+        return cls(
+            _minmax_weight(weight_bits),
+            _spec(activation_bits, kind="pact", learned=True),
+            **options,
+        )
+
+    @classmethod
+    def dorefa(
+        cls, weight_bits: int | None, activation_bits: int | None, **options: Any
+    ) -> QConfig:
+        """tanh-normalised weights, activations clipped to [0, 1] (DoReFa, Zhou et al. 2016, arXiv
+        1606.06160), see `DorefaWeightFakeQuantize` and `DorefaActivationFakeQuantize`. Gradients
+        are not quantized.
+
+        The paper leaves the first and the last layer float; with first_last_bits they are as in
+        `minmax`, with first_last_bits=None they are DoReFa's too.
+        """
+        return cls(
+            _spec(weight_bits, kind="dorefa_weight"),
+            _spec(activation_bits, kind="dorefa_activation", clip="value"),
+            **options,
+        )
+
+    @classmethod
+    def quant_noise(
+        cls,
+        weight_bits: int | None,
+        activation_bits: int | None,
+        *,
+        p: float = 0.5,
+        **options: Any,
+    ) -> QConfig:
+        """`minmax`, but in training only a random share p of each weight is quantized (Quant-Noise,
+        Fan et al. 2020, arXiv 2004.07320), see `QuantNoiseFakeQuantize`."""
+        weight = _minmax_weight(weight_bits)
+        if weight is not None:
+            weight = replace(weight, kind="quant_noise", p=p)
+        return cls(weight, _minmax_activation(activation_bits), **options)
+
+    @classmethod
+    def qdrop(
+        cls,
+        weight_bits: int | None,
+        activation_bits: int | None,
+        *,
+        p: float = 0.5,
+        **options: Any,
+    ) -> QConfig:
+        """`lsq`, but in training only a random share p of each activation is quantized (QDrop, Wei
+        et al. 2022, arXiv 2203.05740), see `QDropFakeQuantize`. The paper reconstructs a model
+        after training so; that it trains one with labels here is ours."""
+        weight = _spec(weight_bits, axis=0, symmetric=True, **_LSQ)
+        return cls(weight, _spec(activation_bits, kind="qdrop", p=p, **_LSQ), **options)
 
     @staticmethod
     def matches(pattern: str, names: list[str]) -> bool:
@@ -203,11 +172,17 @@ class QConfig:
         """This config with at least first_last_bits bits."""
         if self.first_last_bits is None:
             return self
+        bits = self.first_last_bits
+        weight = self.weight and self.weight.widened(bits)
+        activation = self.activation and self.activation.widened(bits)
+        return replace(self, weight=weight, activation=activation)
 
-        def widen(spec: QuantSpec | None) -> QuantSpec | None:
-            return spec and replace(spec, bits=max(spec.bits, self.first_last_bits or 0))
-
-        return replace(self, weight=widen(self.weight), activation=widen(self.activation))
+    @property
+    def random(self) -> bool:
+        """Whether training draws masks somewhere, so that `prepare` needs a noise."""
+        specs = (self.weight, self.activation)
+        here = any(spec is not None and spec.random for spec in specs)
+        return here or any(c is not None and c.random for c in self.overrides.values())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it."""
@@ -221,7 +196,7 @@ class QConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QConfig:
         """The inverse of `to_dict`; unknown keys raise ValueError."""
-        _known_keys(cls, data)
+        known_keys(cls, data)
         rest = dict(data)
         for name in ("weight", "activation"):
             spec = rest.get(name)
@@ -231,19 +206,16 @@ class QConfig:
         return cls(**rest)
 
 
-def _fail(name: str, rule: str, value: Any) -> None:
-    raise ValueError(f"QuantSpec: {name} must be {rule}, got {value}")
+_LSQ: dict[str, Any] = {"method": "lsq", "learned": True, "clip": "value"}
 
 
-def _require_type(name: str, value: Any, kind: type, rule: str) -> None:
-    if type(value) is not kind:
-        raise TypeError(f"QuantSpec: {name} must be {rule}, got {value!r}")
+def _spec(bits: int | None, **attributes: Any) -> QuantSpec | None:
+    return None if bits is None else QuantSpec(bits, **attributes)
 
 
-def _known_keys(cls: type, data: Mapping[str, Any]) -> None:
-    known = [f.name for f in fields(cls)]
-    unknown = [k for k in data if k not in known]
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__}.from_dict: keys must be of {', '.join(known)}, got {unknown}"
-        )
+def _minmax_weight(bits: int | None) -> QuantSpec | None:
+    return _spec(bits, axis=0, symmetric=True)
+
+
+def _minmax_activation(bits: int | None) -> QuantSpec | None:
+    return _spec(bits, ema=0.9)

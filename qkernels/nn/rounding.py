@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qkernels import numeric
 from qkernels.backends.reference.common import per_channel
-from qkernels.nn.qconfig import QuantSpec
+from qkernels.nn.quant_spec import QuantSpec
 from qkernels.ops import _check
 from qkernels.ops.quantize import dequantize
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qkernels import numeric
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_FLOAT32, _FLOAT64, _INT32 = torch.float32, torch.float64, torch.int32
 # GPU calls do not wait for the scale to check it, unless the user is looking for a bug
 CHECK_ON_GPU = os.environ.get("QKERNELS_CHECK", "0") == "1"
 
@@ -136,6 +138,32 @@ def check_params(
     check_entries(op, x, scale, zero_point, axis, group_size)
 
 
+def fit(x: Tensor, scale: Any, zero_point: Any, axis: int | None, group_size: int | None) -> bool:
+    """Whether as_scale and as_zero_point would give back both as they are and check_entries pass,
+    for what most calls have: fp32 on the CPU, int32 zero points. Looks at each thing once, for a
+    small tensor feels every look; False says nothing. Not for tracing (`_library.traced`)."""
+    if group_size is not None or not x.is_cpu or x.dtype is _FLOAT64:
+        return False
+    channels = 1 if axis is None else x.size(axis)
+    if (
+        type(scale) not in _PLAIN
+        or scale.dtype is not _FLOAT32
+        or scale.numel() != channels
+        or scale.dim() > 1
+        or not scale.is_cpu
+        or scale.is_neg()
+    ):
+        return False
+    return zero_point is None or (
+        type(zero_point) is Tensor
+        and zero_point.dtype is _INT32
+        and zero_point.numel() == channels
+        and zero_point.dim() <= 1
+        and zero_point.is_cpu
+        and not zero_point.is_neg()
+    )
+
+
 def check_entries(
     op: str,
     x: Tensor | Like,
@@ -145,7 +173,8 @@ def check_entries(
     group_size: int | None,
 ) -> None:
     """What check_params asks besides the dtypes, which as_scale and as_zero_point see to."""
-    channels = numeric.channel_count(x.shape, axis, group_size)
+    per_tensor = axis is None and group_size is None  # x.shape takes a while
+    channels = 1 if per_tensor else numeric.channel_count(x.shape, axis, group_size)
     check_param(op, "scale", scale, x, channels)
     if zero_point is not None:
         check_param(op, "zero_point", zero_point, x, channels)

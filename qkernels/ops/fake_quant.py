@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from qkernels import _registry, numeric
 from qkernels.ops import _check
 from qkernels.ops._inplace import is_writable, overwrite
 from qkernels.ops._library import call, check, define, traced
-from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list
-from qkernels.ops.fake_quant_dynamic import Run, dynamic_with_grad
-from qkernels.ops.lsq_bwd import lsq_backward, lsq_backward_list
+from qkernels.ops.fake_quant_bwd import mask_backward
+from qkernels.ops.fake_quant_dynamic import dynamic_with_grad
+from qkernels.ops.lsq_bwd import lsq_backward
 
 
 def check_fake_quant(
@@ -65,9 +65,13 @@ def kept(
     """(tensors, rest) for the backward: what the LSQ gradient reads, or the mask and its order."""
     if learned:
         return args[:3], args[3:]  # x, scale, zero point
-    # the mask is in memory order, which y shares with the dense form of x (groups: row-major)
-    row_major = args[6] is not None or y.is_contiguous()
-    return (mask,), [] if row_major else numeric.memory_order(y)
+    return (mask,), mask_order(y, args[6])
+
+
+def mask_order(y: Tensor, group_size: int | None) -> list[int] | None:
+    """The order of the mask: that of memory, which y shares with the dense form of x (groups:
+    row-major)."""
+    return [] if group_size is not None or y.is_contiguous() else numeric.memory_order(y)
 
 
 def learned_grads(
@@ -99,16 +103,32 @@ def grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return learned_grads(zero_point, *lsq_backward(*args, backend=ctx.backend))
 
 
-class FakeQuant(torch.autograd.Function):
-    """The eager carrier of the gradient."""
+class StraightThrough(torch.autograd.Function):
+    """The eager carrier of the gradient of x alone; each tensor that autograd sees costs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, args: tuple[Any, ...], backend: str) -> Tensor:
+        y, mask = _registry.run_call("fake_quant", backend, (*args, True))
+        ctx.save_for_backward(mask)
+        ctx.order, ctx.backend = mask_order(y, args[6]), backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return mask_backward(grad, mask, ctx.order, ctx.backend), None, None
+
+
+class Learned(torch.autograd.Function):
+    """The eager carrier of the gradients of x, scale and zero point."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, rest: tuple[Any, ...]
     ) -> Tensor:
-        args, learned, ctx.grad_scale, backend = rest
-        y, mask = _registry.run("fake_quant", backend, *args, not learned)
-        save(ctx, args, learned, y, mask, backend)
+        args, ctx.grad_scale, backend = rest
+        y, mask = _registry.run("fake_quant", backend, *args, False)
+        save(ctx, args, True, y, mask, backend)
         return y
 
     @staticmethod
@@ -133,79 +153,6 @@ def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
 torch.library.register_autograd("qkernels::fake_quant", _op_backward, setup_context=_setup_context)
 
 
-class Plan(NamedTuple):
-    """One tensor of a list: the schema's arguments less the mask, and what its gradient needs."""
-
-    args: tuple[Any, ...]
-    needs_grad: bool
-    learned: bool
-    grad_scale: float
-
-
-class ForeachFakeQuant(torch.autograd.Function):
-    """FakeQuant of a list: one call forward, and one each for masks and learned scales backward.
-
-    Tensors are x, scale and zero point of every plan in turn. What needs no gradient saves nothing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Run,
-        plans: list[Plan],
-        backend: str,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        results = run([(*p.args, p.needs_grad and not p.learned) for p in plans])
-        saved: list[Tensor | None] = []
-        ctx.each = []
-        for plan, (y, mask) in zip(plans, results, strict=True):
-            if not plan.needs_grad:
-                ctx.each.append(None)
-                continue
-            keep, rest = kept(plan.args, plan.learned, y, mask)
-            ctx.each.append((plan.learned, rest, plan.grad_scale, len(saved)))
-            saved += keep
-        ctx.save_for_backward(*saved)
-        ctx.backend = backend
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(y for (y, _), each in zip(results, ctx.each, strict=True) if each is None)
-        )
-        return tuple(y for y, _ in results)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        result: list[Tensor | None] = [None] * (3 * len(grads))
-        straight, learned = [], []  # (place, call)
-        for i, (grad, each) in enumerate(zip(grads, ctx.each, strict=True)):
-            if grad is None or each is None:
-                continue
-            is_learned, rest, grad_scale, at = each
-            if is_learned:
-                learned.append((i, (grad, *saved[at : at + 3], *rest, grad_scale)))
-            else:
-                straight.append((i, (grad, saved[at], rest)))
-        if straight:
-            masked = mask_backward_list([call for _, call in straight], ctx.backend)
-            for (i, _), gx in zip(straight, masked, strict=True):
-                result[3 * i] = gx
-        if learned:
-            found = lsq_backward_list([call for _, call in learned], ctx.backend)
-            for (i, call), three in zip(learned, found, strict=True):
-                result[3 * i : 3 * i + 3] = learned_grads(call[3], *three)
-        return None, None, None, *result
-
-
-def run_plans(plans: list[Plan], backend: str, run: Run) -> list[Tensor]:
-    """fake_quant of a list, with gradients; `run` runs the op on a list of calls."""
-    if not any(p.needs_grad for p in plans):
-        return [y for y, _ in run([(*p.args, False) for p in plans])]
-    tensors = (tensor for p in plans for tensor in p.args[:3])
-    return list(ForeachFakeQuant.apply(run, plans, backend, *tensors))
-
-
 def lsq_grad_scale(x: Tensor, qmax: int, axis: int | None, group_size: int | None) -> float:
     """1 / sqrt(N Qp) of the LSQ paper, N the elements that share one scale, Qp = max(qmax, 1)."""
     n = x.numel() // max(numeric.channel_count(x.shape, axis, group_size), 1)
@@ -225,6 +172,7 @@ def fake_quant_args(
     percentile: float | None,
     clip: str,
     grad_scale: float | None,
+    eager: bool,
 ) -> tuple[Any, ...]:
     """The schema's arguments less the mask; without a scale, those of fake_quant_dynamic."""
     _check.check_tensor("fake_quant", "x", x)
@@ -241,22 +189,14 @@ def fake_quant_args(
         return x, qmin, qmax, axis, group_size, symmetric, method, p, clip
     if method != "minmax" or percentile is not None:
         _check.as_percentile("fake_quant", method, percentile)
-    scale = _check.as_scale("fake_quant", x, scale)
-    zero_point = _check.as_zero_point("fake_quant", x, zero_point)
+    if clip not in numeric.CLIPS:
+        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
+    if not eager or not _check.fit(x, scale, zero_point, axis, group_size):
+        scale = _check.as_scale("fake_quant", x, scale)
+        zero_point = _check.as_zero_point("fake_quant", x, zero_point)
+        if eager:  # else the op checks
+            _check.check_entries("fake_quant", x, scale, zero_point, axis, group_size)
     return x, scale, zero_point, qmin, qmax, axis, group_size, clip
-
-
-def check_rest(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    axis: int | None,
-    group_size: int | None,
-    clip: str,
-) -> None:
-    """What check_fake_quant asks and fake_quant_args did not."""
-    _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
-    _check.check_entries("fake_quant", x, scale, zero_point, axis, group_size)
 
 
 def wanted(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[bool, bool]:
@@ -272,35 +212,22 @@ def grad_factor(args: tuple[Any, ...], learned: bool, grad_scale: float | None) 
     return lsq_grad_scale(args[0], *args[4:7]) if learned else 1.0
 
 
-def list_plan(
-    x: Tensor, scale: Any, zero_point: Any, *, grad_scale: float | None, clip: str, **kw: Any
-) -> tuple[str, Any]:
-    """(op, Plan or the arguments of run_dynamic) of one tensor of a list, for the arguments of
-    `fake_quant`; raises on those that no row could run."""
-    args = fake_quant_args(x, scale, zero_point, clip=clip, grad_scale=grad_scale, **kw)
-    if scale is None:
-        check("fake_quant_dynamic", *args, True)
-        return "fake_quant_dynamic", args
-    check_rest(x, args[1], args[2], args[5], args[6], clip)
-    needs_grad, learned = wanted(x, args[1], args[2])
-    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
-    return "fake_quant", Plan(args, needs_grad, learned, factor)
-
-
-def _run(args: tuple[Any, ...], dynamic: bool, grad_scale: float | None, backend: str) -> Tensor:
+def _run(
+    args: tuple[Any, ...], dynamic: bool, grad_scale: float | None, backend: str, eager: bool
+) -> Tensor:
     """fake_quant with the arguments of `fake_quant_args`."""
     if dynamic:
         return dynamic_with_grad(*args, backend)[0]
     x, scale, zero_point = args[:3]
     needs_grad, learned = wanted(x, scale, zero_point)
-    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
-    if traced(x):
-        return call("fake_quant", backend, *args, needs_grad and not learned, grad_scale=factor)[0]
-    check_rest(x, scale, zero_point, *args[5:])
-    if not needs_grad:
+    if eager and not needs_grad:
         return _registry.run("fake_quant", backend, *args, False)[0]
-    # one tuple: each argument of apply costs
-    return FakeQuant.apply(x, scale, zero_point, (args, learned, factor, backend))
+    if eager and not learned:
+        return StraightThrough.apply(x, args, backend)
+    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
+    if not eager:
+        return call("fake_quant", backend, *args, needs_grad and not learned, grad_scale=factor)[0]
+    return Learned.apply(x, scale, zero_point, (args, factor, backend))
 
 
 def _overwrite(
@@ -313,7 +240,7 @@ def _overwrite(
             "fake_quant: inplace must be False where scale or zero_point requires grad, got True"
         )
     if traced(x) or not is_writable(x, group_size):
-        return x.copy_(_run(args, dynamic, None, backend))
+        return x.copy_(_run(args, dynamic, None, backend, not traced(x)))
     op = "fake_quant_dynamic" if dynamic else "fake_quant"
     check(op, *args, True)
     return overwrite(op, backend, args)
@@ -379,6 +306,7 @@ def fake_quant(
             scale or zero_point; a scale that is not positive and finite (checked on the CPU; on
             CUDA such a channel is NaN, and QKERNELS_CHECK=1 checks there too).
     """
+    eager = not traced(x)
     args = fake_quant_args(
         x,
         scale,
@@ -392,8 +320,9 @@ def fake_quant(
         percentile,
         clip,
         grad_scale,
+        eager,
     )
     row = _registry.check_backend(backend, "fake_quant: backend") if backend else ""
     if inplace:
         return _overwrite(args, scale is None, group_size, row)
-    return _run(args, scale is None, grad_scale, row)
+    return _run(args, scale is None, grad_scale, row, eager)

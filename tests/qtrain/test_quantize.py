@@ -1,5 +1,6 @@
 """PTQ and QAT from a float checkpoint."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -157,5 +158,8 @@ def test_bad_bits(tmp_path, source, bits):
 def test_unknown_methods():
     with pytest.raises(ValueError, match=r"ptq: method must be one of .*mse, got 'lsq'"):
         ptq_qconfig("lsq", 4, 4)
-    with pytest.raises(ValueError, match="qat: method must be one of minmax, lsq, got 'mse'"):
+    known = "minmax, lsq, lsq+, pact, dorefa, quant-noise, qdrop"
+    with pytest.raises(
+        ValueError, match=re.escape(f"qat: method must be one of {known}, got 'mse'")
+    ):
         qat_qconfig("mse", 4, 4)

@@ -2,17 +2,19 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf  # noqa: I001
+from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn  # noqa: I001
 from .app import app
 from .options import parse_settings
 
 __all__ = [
     "app",
+    "basin",
     "bias_toy",
     "bwrf",
     "dnq",
     "error_model",
     "flatness",
+    "ghn",
     "main",
     "parse_settings",
     "ptq",
