@@ -53,7 +53,7 @@ def bwrf(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="lsq (learned scales) or minmax (straight-through).")
+        str, typer.Option(help="A method of qtrain qat: lsq, minmax, pact, ..")
     ] = "lsq",
     weight_bits: Bits = 4,
     activation_bits: Bits = 4,
@@ -137,7 +137,7 @@ def bwrf_study(
     seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ..")] = 5,
     bits: Annotated[str, typer.Option(help="Bit widths (W and A), e.g. 4,3,2.")] = "4,3,2",
     method: Annotated[
-        str, typer.Option(help="lsq (learned scales) or minmax (straight-through).")
+        str, typer.Option(help="A method of qtrain qat: lsq, minmax, pact, ..")
     ] = "lsq",
     float_epochs: Annotated[int, typer.Option(min=1, help="Of the models to start from.")] = 20,
     float_lr: Annotated[float, typer.Option(help="Peak learning rate of these.")] = 5e-3,
