@@ -14,6 +14,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
+#include "math/quant_range.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -134,13 +135,18 @@ NoiseParams read(Fields& next) {
           next, next,         next,       next, next,          next, next};
 }
 
-// The size of a call.
+// What a call does, in elements that are looked at once.
 template <class P>
 static auto elements(const P& p) -> decltype(p.layout.numel()) {
   return p.layout.numel();
 }
 static int64_t elements(const FakeQuantBwdParams& p) { return p.numel; }
 static int64_t elements(const QParamsParams& p) { return p.channels; }
+// a search looks at them many times
+static int64_t elements(const QuantRangeParams& p) {
+  const bool search = p.method == Method::mse || p.method == Method::percentile;
+  return p.layout.numel() * (search ? kMseCandidates : 1);
+}
 static int64_t elements(const FakeQuantDynamicParams& p) { return elements(p.range); }
 static int64_t elements(const ErrorStatsDynamicParams& p) { return elements(p.range); }
 

@@ -215,3 +215,19 @@ print(qkernels.build_info()["native"]["simd"], digest.hexdigest())
     assert narrow[1] == wide[1]
     if wide[0] == "avx512":
         assert narrow[0] == simd
+
+
+def test_a_default_device_at_the_first_call_is_not_kept():
+    done = python("""
+import torch, qkernels
+x = torch.linspace(-1, 1, 8, requires_grad=True)
+with torch.device("meta"):
+    qkernels.fake_quant(x, 0.5, bits=2, symmetric=True).square().mean().backward()
+x.grad = None
+qkernels.fake_quant(x, 0.5, bits=2, symmetric=True).mul(torch.arange(8.0)).mean().backward()
+print(x.grad.tolist())
+""")
+    assert done.returncode == 0, done.stderr
+    inside = [abs(2 * (-1 + 2 * i / 7) + 0.5) <= 2 for i in range(8)]  # codes -2 .. 1, half to even
+    want = [i / 8 if fits else 0.0 for i, fits in enumerate(inside)]
+    assert json.loads(done.stdout) == want

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from qkernels.nn import QConfig
 
-from .bwrf import BlockReplacement, BwrfConfig
+from .bwrf import BlockReplacement
+from .bwrf_config import BwrfConfig
 from .data import Batch, Dataset, batch_count
 from .qat import Qat
 from .recipe import TrainConfig, require

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .blocks import find_blocks
-from .bwrf import BwrfConfig
+from .bwrf_config import BwrfConfig
 from .bwrf_run import Bwrf
 from .data import load_dataset
 from .loop import TrainResult, new_model, train

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 from qtrain.blocks import split
-from qtrain.bwrf import MODES, BlockReplacement, distillation, scheduled
+from qtrain.bwrf import BlockReplacement, distillation
+from qtrain.bwrf_config import MODES, scheduled
 from qtrain.models import build_model
 from torch import nn
 from torch.nn import functional as F

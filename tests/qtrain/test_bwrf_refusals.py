@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from qtrain.bwrf import BlockReplacement, BwrfConfig
+from qtrain.bwrf import BlockReplacement
+from qtrain.bwrf_config import BwrfConfig
 from qtrain.models import build_model
 from test_bwrf import CLASSES, batch, partners
 from torch import nn
@@ -122,7 +123,11 @@ def test_calls_that_do_not_fit():
         ({"schedule": "cosine"}, "schedule must be one of linear, exponential, got 'cosine'"),
         ({"effect": "none"}, "effect must be one of both, forward, backward, got 'none'"),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
+        ({"temperature": math.inf}, "temperature must be at least 0 and finite, got inf"),
+        ({"temperature": "4"}, "temperature must be a number, got '4'"),
+        ({"temperature": True}, "temperature must be a number, got True"),
+        ({"alpha": None}, "alpha must be a number, got None"),
+        ({"block": 1.5, "mode": "single"}, "block must be a whole number or None, got 1.5"),
         ({"alpha": -1.0}, "alpha must be at least 0 and finite, got -1.0"),
         ({"beta": math.nan}, "beta must be at least 0 and finite, got nan"),
         ({"block": 1}, "block must be None unless mode is single, got 1"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from qtrain.bwrf import BwrfConfig
+from qtrain.bwrf_config import BwrfConfig
 from qtrain.bwrf_run import Bwrf
 from qtrain.data import load_dataset
 from qtrain.loop import new_model
@@ -82,7 +82,7 @@ def test_without_its_terms_it_is_qat_to_the_bit(tmp_path, float_dir):
 RANK_PROGRAM = """
 import sys, torch
 from qkernels.nn import set_quantization
-from qtrain.bwrf import BwrfConfig
+from qtrain.bwrf_config import BwrfConfig
 from qtrain.bwrf_run import Bwrf
 from qtrain.loop import train
 from qtrain.progress import Track

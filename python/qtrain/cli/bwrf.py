@@ -93,7 +93,7 @@ def bwrf(
     Blocks of a frozen float teacher are replaced by quantized ones; the mixed networks distil from
     the teacher too.
     """
-    from ..bwrf import BwrfConfig
+    from ..bwrf_config import BwrfConfig
     from ..bwrf_run import Bwrf
     from ..loop import train as run
     from ..qat import qat_qconfig

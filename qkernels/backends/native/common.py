@@ -16,7 +16,8 @@ from qkernels.ops._check import each_call
 # what completes it.
 Prepared = tuple[tuple[Any, ...], Any, Any, Callable[[], Any] | None]
 
-NOTHING = torch.empty(0)
+# on the CPU whatever torch's default device is when this is imported
+NOTHING = torch.empty(0, device="cpu")
 METHOD_IDS = {name: i for i, name in enumerate(numeric.METHODS)}
 
 

@@ -12,7 +12,7 @@ from qkernels._native import DTYPES
 from qkernels.backends.native.common import Prepared, flat_params, forms, with_strides_of
 from qkernels.ops._check import check_values
 
-NO_BYTES = torch.empty(0, dtype=torch.uint8)
+NO_BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _prepare(
