@@ -90,6 +90,9 @@ class Qat(Recipe):
         if alpha_decay is not None:
             rule = "at least 0 and finite, or None"
             require(0 <= alpha_decay < math.inf, "alpha_decay", rule, alpha_decay, "qat")
+            configs = (qconfig, *(other for other in qconfig.overrides.values() if other))
+            clipped = any(c.activation is not None and c.activation.kind == "pact" for c in configs)
+            require(clipped, "alpha_decay", "None unless method is pact", alpha_decay, "qat")
         self.source, self.qconfig = source, qconfig
         self.calibration_batches, self.scale_lr_factor = calibration_batches, scale_lr_factor
         self.alpha_decay = alpha_decay

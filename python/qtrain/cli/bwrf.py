@@ -11,18 +11,21 @@ from rich.console import Console
 
 from .app import app
 from .options import (
+    AlphaDecay,
     BatchSize,
     Bits,
     Cpu,
     Dataset,
     Epochs,
     FirstLast,
+    Method,
     Model,
     Out,
     Overwrite,
     Rate,
     Seed,
     Set,
+    Share,
     Source,
     finish,
     parse_settings,
@@ -52,12 +55,12 @@ def bwrf(
             help="Another float model of the same architecture; else the one to start from."
         ),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="A method of qtrain qat: lsq, minmax, pact, ..")
-    ] = "lsq",
+    method: Method = "lsq",
     weight_bits: Bits = 4,
     activation_bits: Bits = 4,
     first_last_bits: FirstLast = 8,
+    p: Share = None,
+    alpha_decay: AlphaDecay = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -104,7 +107,7 @@ def bwrf(
     other = None if teacher is None else FloatSource.load(teacher, dataset=dataset, model=model)
     config = TrainConfig(**start.settings(), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     qconfig = qat_qconfig(
-        method, weight_bits, activation_bits, first_last_bits=first_last_bits or None
+        method, weight_bits, activation_bits, first_last_bits=first_last_bits or None, p=p
     )
     replacement = BwrfConfig(
         blocks=block_names(blocks),
@@ -117,7 +120,7 @@ def bwrf(
         effect=effect,
     )
     config = replace(config, **parse_settings(set_ or []))
-    recipe = Bwrf(start, qconfig, replacement, teacher=other)
+    recipe = Bwrf(start, qconfig, replacement, teacher=other, alpha_decay=alpha_decay)
     run(config, recipe, out, overwrite=overwrite, cpu=cpu)
     finish(out)
 
@@ -136,9 +139,7 @@ def bwrf_study(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ..")] = 5,
     bits: Annotated[str, typer.Option(help="Bit widths (W and A), e.g. 4,3,2.")] = "4,3,2",
-    method: Annotated[
-        str, typer.Option(help="A method of qtrain qat: lsq, minmax, pact, ..")
-    ] = "lsq",
+    method: Method = "lsq",
     float_epochs: Annotated[int, typer.Option(min=1, help="Of the models to start from.")] = 20,
     float_lr: Annotated[float, typer.Option(help="Peak learning rate of these.")] = 5e-3,
     epochs: Epochs = 10,

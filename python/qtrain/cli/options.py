@@ -18,6 +18,21 @@ Bits = Annotated[int, typer.Option(min=1, max=16, help="Bits of the codes.")]
 FirstLast = Annotated[
     int, typer.Option(min=0, max=16, help="Bits of the first and last layer; 0: as the others.")
 ]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="minmax (straight-through), lsq (learned scales), lsq+ (and zero points), pact "
+        "(learned clipping), dorefa, quant-noise or qdrop (a random share is quantized)."
+    ),
+]
+Share = Annotated[
+    float | None,
+    typer.Option(help="quant-noise, qdrop: share that is quantized in training; usual: 0.5."),
+]
+AlphaDecay = Annotated[
+    float | None,
+    typer.Option(help="pact: weight decay of the clipping bounds; usual: that of weights."),
+]
 Source = Annotated[
     Path, typer.Argument(help="The float model: a run directory, or its model.safetensors.")
 ]

@@ -11,18 +11,21 @@ from rich.console import Console
 
 from .app import app
 from .options import (
+    AlphaDecay,
     BatchSize,
     Bits,
     Cpu,
     Dataset,
     Epochs,
     FirstLast,
+    Method,
     Model,
     Out,
     Overwrite,
     Rate,
     Seed,
     Set,
+    Share,
     Source,
     finish,
     parse_settings,
@@ -91,24 +94,12 @@ def train(
 def qat(
     source: Source,
     out: Out = Path("runs/qat"),
-    method: Annotated[
-        str,
-        typer.Option(
-            help="minmax (straight-through), lsq (learned scales), lsq+ (and zero points), pact "
-            "(learned clipping), dorefa, quant-noise or qdrop (a random share is quantized)."
-        ),
-    ] = "lsq",
+    method: Method = "lsq",
     weight_bits: Bits = 4,
     activation_bits: Bits = 4,
     first_last_bits: FirstLast = 8,
-    p: Annotated[
-        float | None,
-        typer.Option(help="quant-noise, qdrop: share that is quantized in training; usual: 0.5."),
-    ] = None,
-    alpha_decay: Annotated[
-        float | None,
-        typer.Option(help="pact: weight decay of the clipping bounds; usual: that of weights."),
-    ] = None,
+    p: Share = None,
+    alpha_decay: AlphaDecay = None,
     epochs: Epochs = 20,
     batch_size: BatchSize = 64,
     lr: Rate = 3e-3,
@@ -122,7 +113,7 @@ def qat(
     """Train a float model on with fake-quantized weights and layer inputs."""
     from ..loop import train as run
     from ..qat import Qat, qat_qconfig
-    from ..recipe import TrainConfig, require
+    from ..recipe import TrainConfig
     from ..source import FloatSource
 
     start = FloatSource.load(source, dataset=dataset, model=model)
@@ -130,8 +121,6 @@ def qat(
     qconfig = qat_qconfig(
         method, weight_bits, activation_bits, first_last_bits=first_last_bits or None, p=p
     )
-    fits = alpha_decay is None or method == "pact"
-    require(fits, "alpha_decay", "None unless method is pact", alpha_decay, "qat")
     config = replace(config, **parse_settings(set_ or []))
     recipe = Qat(start, qconfig, alpha_decay=alpha_decay)
     run(config, recipe, out, overwrite=overwrite, cpu=cpu)
