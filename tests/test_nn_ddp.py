@@ -52,6 +52,17 @@ def configs() -> dict[str, Any]:
     }
 
 
+def first_specs() -> dict[str, Any]:
+    from qkernels.nn import QuantSpec
+
+    return {
+        "lsq": QuantSpec(4, learned=True, method="lsq"),
+        "lsq+": QuantSpec(4, learned=True, learned_zero_point=True, method="mse"),
+        "pact": QuantSpec(4, kind="pact", learned=True),
+        "dorefa": QuantSpec(4, kind="dorefa_activation"),
+    }
+
+
 def work(rank: int, folder: str) -> None:
     """One process: train each config under DDP, and save what came."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -86,6 +97,11 @@ def work(rank: int, folder: str) -> None:
     clipped = fake_quantizer(QuantSpec(4, kind="dorefa_activation"))
     clipped(batch(rank, 0).relu() - rank)  # below 0 on rank 1 alone
     found["clipped"] = clipped.range
+    for name, spec in first_specs().items():
+        late = fake_quantizer(spec)
+        late(batch(rank, 0)[: 5 * rank])  # rank 0 has nothing
+        late(batch(rank, 1))
+        found[f"late {name}"] = late.state_dict()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -154,3 +170,16 @@ def test_ranks_share_the_mask_of_a_weight_and_not_that_of_an_input(
 def test_one_rank_below_zero_is_enough_for_dorefa(results: list[dict[str, Any]]) -> None:
     for found in results:
         assert found["clipped"].tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("name", ["lsq", "lsq+", "pact", "dorefa"])
+def test_a_rank_without_elements_leaves_the_first_value_to_the_others(
+    results: list[dict[str, Any]], name: str
+) -> None:
+    from qkernels.nn import fake_quantizer
+
+    alone = fake_quantizer(first_specs()[name])
+    alone(batch(1, 0))
+    for found in results:
+        for key, value in alone.state_dict().items():
+            assert torch.equal(found[f"late {name}"][key], value), key

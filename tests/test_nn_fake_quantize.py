@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import qkernels
-from qkernels.nn import FakeQuantize, QuantSpec
+from qkernels.nn import FakeQuantize, QuantSpec, fake_quantizer
 
 LSQ: dict[str, Any] = {"learned": True, "method": "lsq", "clip": "value"}
 
@@ -108,6 +108,27 @@ def test_empty_input_moves_nothing() -> None:
     before = quantizer.range.clone()
     assert quantizer(torch.empty(0, 5)).shape == (0, 5)
     assert torch.equal(quantizer.range, before)
+
+
+FIRST = {
+    "running": QuantSpec(4, ema=0.9),
+    "lsq": QuantSpec(4, **LSQ),
+    "lsq+": QuantSpec(4, learned_zero_point=True, **LSQ),
+    "pact": QuantSpec(4, kind="pact", learned=True),
+    "dorefa": QuantSpec(4, kind="dorefa_activation"),
+}
+
+
+@pytest.mark.parametrize("spec", FIRST.values(), ids=FIRST)
+def test_an_empty_first_batch_is_passed_over(spec: QuantSpec) -> None:
+    x = batches(1)[0]
+    late, plain = fake_quantizer(spec), fake_quantizer(spec)
+    assert late(torch.empty(0, 5)).shape == (0, 5)
+    with pytest.raises(RuntimeError, match="range must be set"):
+        late.qparams()
+    assert torch.equal(late(x), plain(x))
+    state = plain.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in late.state_dict().items())
 
 
 def test_dynamic_is_one_fake_quant_and_keeps_nothing() -> None:

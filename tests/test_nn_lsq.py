@@ -29,8 +29,9 @@ def straight(value: Tensor, rounded: Tensor) -> Tensor:
     return value + (rounded - value).detach()
 
 
-def reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
-    """LSQ+ for unsigned codes, scale and zero point broadcast over x; plain autograd."""
+def reference(x: Tensor, scale: Tensor, offset: Tensor, qmax: int) -> Tensor:
+    """LSQ+ for unsigned codes, scale and offset broadcast over x; plain autograd."""
+    zero_point = -offset / scale
     z = straight(zero_point, zero_point.round())
     t = x / scale
     inside = straight(t, t.round()) * scale
@@ -46,27 +47,94 @@ def test_lsq_plus_is_the_formula(axis: int | None) -> None:
     quantizer(x)  # the first values
     with torch.no_grad():
         quantizer.scale.mul_(torch.linspace(0.6, 1.1, channels))
-        quantizer.zero_point.add_(torch.linspace(-1.3, 0.7, channels))
+        quantizer.offset.sub_(quantizer.scale * torch.linspace(-1.3, 0.7, channels))
     cotangent = sample(seed=1)
     a = x.clone().requires_grad_()
     y = quantizer(a)
     y.backward(cotangent)
 
     b = x.clone().requires_grad_()
-    scale, zero_point = (
-        p.detach().clone().requires_grad_() for p in (quantizer.scale, quantizer.zero_point)
+    scale, offset = (
+        p.detach().clone().requires_grad_() for p in (quantizer.scale, quantizer.offset)
     )
     shape = (1, channels, 1, 1)
-    wanted = reference(b, scale.view(shape), zero_point.view(shape), 7)
+    wanted = reference(b, scale.view(shape), offset.view(shape), 7)
     wanted.backward(cotangent)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-15, atol=0)
     factor = 1 / math.sqrt(x.numel() / channels * 7)
     torch.testing.assert_close(quantizer.scale.grad, scale.grad * factor, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(
-        quantizer.zero_point.grad, zero_point.grad * factor, rtol=1e-9, atol=1e-12
-    )
-    assert quantizer.zero_point.grad.abs().min() > 0
+    torch.testing.assert_close(quantizer.offset.grad, offset.grad * factor, rtol=1e-9, atol=1e-12)
+    assert quantizer.offset.grad.abs().min() > 0
+
+
+def test_a_step_moves_scale_and_offset_as_in_the_paper() -> None:
+    """By hand, 2 bits, s = 1/2, beta = -1/2 (z = 1): x is clipped outside [-1/2, 1]."""
+    quantizer = FakeQuantize(QuantSpec(2, **PLUS)).double()
+    quantizer(sample())
+    with torch.no_grad():
+        quantizer.scale.fill_(0.5)
+        quantizer.offset.fill_(-0.5)
+    x = torch.tensor([-2.0, -0.6, 0.1, 0.4, 1.3], dtype=torch.float64)
+    cotangent = torch.tensor([0.3, -1.1, 0.7, 0.2, 0.9], dtype=torch.float64)
+    optimizer = torch.optim.SGD(quantizer.parameters(), 0.1)
+    optimizer.zero_grad()
+    y = quantizer(x)
+    torch.testing.assert_close(y, torch.tensor([-0.5, -0.5, 0, 0.5, 1.0]).double())
+    y.backward(cotangent)
+    optimizer.step()
+    # inside round(u) - u, u = (x - beta) / s; below qmin = 0, above qmax = 3
+    of_scale = 0.7 * (1 - 1.2) + 0.2 * (2 - 1.8) + 0.9 * 3
+    of_offset = 0.3 - 1.1 + 0.9
+    g = 1 / math.sqrt(5 * 3)
+    assert quantizer.scale.item() == pytest.approx(0.5 - 0.1 * g * of_scale, rel=1e-12)
+    assert quantizer.offset.item() == pytest.approx(-0.5 - 0.1 * g * of_offset, rel=1e-12)
+
+
+def test_a_scale_that_crossed_zero_has_the_same_zero_point() -> None:
+    found = []
+    for sign in (1, -1):
+        quantizer = FakeQuantize(QuantSpec(3, **PLUS)).double()
+        quantizer(sample())
+        with torch.no_grad():
+            quantizer.scale.mul_(0.6 * sign)
+        y = quantizer(sample())
+        y.backward(sample(seed=1))
+        found.append((y, quantizer.offset.grad, quantizer.scale.grad * sign))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert found[0][2].abs() > 0
+
+
+def test_the_step_of_the_offset_does_not_depend_on_the_unit_of_x() -> None:
+    """x, s and beta in a unit u times smaller: the gradient of beta stays what it was."""
+    found = []
+    for unit in (1.0, 0.01):
+        quantizer = FakeQuantize(QuantSpec(3, **PLUS)).double()
+        quantizer(sample() * unit)
+        with torch.no_grad():
+            quantizer.scale.mul_(0.6)
+            quantizer.offset.mul_(0.6)
+        quantizer(sample() * unit).backward(sample(seed=1))
+        found.append(quantizer.offset.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)
+    assert found[0].abs() > 0
+
+
+def test_training_moves_a_rounded_zero_point() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 4))
+    model = prepare(net, QConfig.lsq_plus(4, 4, first_last_bits=None))
+    x = torch.randn(64, 8)
+    target = x[:, :4].relu()
+    calibrate(model, [x])
+    before = int(model[4].input_fake_quant.qparams().zero_point)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+    after = int(model[4].input_fake_quant.qparams().zero_point)
+    assert before == 4 and after < before
 
 
 @pytest.mark.parametrize("config", [QConfig.lsq(4, 4), QConfig.lsq_plus(4, 4)])
@@ -87,7 +155,9 @@ def test_the_gradient_scale_counts_what_shares_a_scale(config: QConfig) -> None:
         ("input", x, prepared.input_fake_quant),
     ):
         scale = quantizer.scale.detach().clone().requires_grad_()
-        zero_point = None if quantizer.zero_point is None else quantizer.qparams().zero_point
+        zero_point = quantizer.zero_point
+        if quantizer.offset is not None:
+            zero_point = -quantizer.offset.detach() / scale  # of which scale's gradient has a part
         spec = quantizer.spec
         how = {"bits": 4, "axis": spec.axis, "symmetric": spec.symmetric, "clip": "value"}
         plain[name] = (
@@ -109,11 +179,8 @@ def test_first_values_are_those_of_the_least_error() -> None:
     quantizer(x)
     scale, zero_point = qkernels.quant_range(x, bits=2, method="mse")
     torch.testing.assert_close(quantizer.scale[0], scale, rtol=1e-6, atol=0)
-    assert (
-        float(quantizer.zero_point.detach())
-        == int(zero_point)
-        == int(quantizer.qparams().zero_point)
-    )
+    assert int(quantizer.qparams().zero_point) == int(zero_point) > 0
+    torch.testing.assert_close(quantizer.offset.detach()[0], -zero_point * scale)
     assert quantizer.qparams().zero_point.dtype is torch.int32
     # a second batch does not set them again
     quantizer(x * 3)
@@ -125,7 +192,8 @@ def test_a_learned_zero_point_is_rounded_for_use() -> None:
     quantizer = FakeQuantize(QuantSpec(3, **PLUS))
     quantizer(x)
     with torch.no_grad():
-        quantizer.zero_point.fill_(2.5)  # half to even
+        quantizer.scale.fill_(0.5)
+        quantizer.offset.fill_(-1.25)  # z = 2.5: half to even
     whole = qkernels.fake_quant(x, quantizer.qparams().scale, 2, bits=3, clip="value")
     assert torch.equal(quantizer.eval()(x), whole)
     assert int(quantizer.qparams().zero_point) == 2
@@ -159,7 +227,9 @@ def test_calibrate_sets_a_learned_zero_point() -> None:
     quantizer = model.input_fake_quant
     torch.testing.assert_close(quantizer.scale[0], (seen[0][0] + seen[1][0]) / 2)
     _, zero_point = qkernels.qparams((seen[0][2] + seen[1][2]) / 2, bits=4)
-    assert float(quantizer.zero_point.detach()) == int(zero_point)
+    assert int(quantizer.qparams().zero_point) == int(zero_point) > 0
+    wanted = -zero_point * quantizer.scale.detach()
+    torch.testing.assert_close(quantizer.offset.detach(), wanted)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -167,7 +237,7 @@ def test_a_zero_point_that_is_not_finite_is_refused(bad: float) -> None:
     quantizer = FakeQuantize(QuantSpec(3, **PLUS))
     quantizer(sample().float())
     with torch.no_grad():
-        quantizer.zero_point.fill_(bad)
+        quantizer.offset.fill_(bad)
     with pytest.raises(ValueError, match="zero_point must be"):
         quantizer(sample().float())
 

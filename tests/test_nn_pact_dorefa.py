@@ -13,10 +13,13 @@ from qkernels import Noise
 from qkernels.nn import (
     DorefaActivationFakeQuantize,
     DorefaWeightFakeQuantize,
+    ErrorEMA,
     FakeQuantize,
+    NoiseSpec,
     PactFakeQuantize,
     QConfig,
     QuantSpec,
+    SoftRounding,
     calibrate,
     fake_quantizer,
     prepare,
@@ -188,10 +191,27 @@ def test_dorefa_activations_below_zero() -> None:
 
 
 def test_a_bad_first_batch_is_passed_over() -> None:
-    for quantizer in (activation(4), fake_quantizer(QuantSpec(4, kind="pact", learned=True))):
-        quantizer(torch.tensor([0.5, float("nan")]))
+    good = torch.tensor([0.25, 0.75, 1.5])
+    for bad in (float("nan"), float("inf")):
+        clipped, pact = activation(4), fake_quantizer(QuantSpec(4, kind="pact", learned=True))
+        for quantizer in (clipped, pact):
+            quantizer(torch.tensor([-0.5, bad]))
+        assert torch.equal(clipped.range, torch.tensor([0.0, 1.0]))
+        assert torch.equal(pact.alpha, torch.ones(1)) and int(pact.zero_point) == 0
+        for quantizer in (clipped, pact):
+            wanted = (good.clamp(0, 1) * 15).round() / 15
+            torch.testing.assert_close(quantizer(good), wanted)
+            torch.testing.assert_close(quantizer.eval()(good), wanted)
     assert activation(4).measure(torch.tensor([-1.0, float("nan")])).isnan().all()
-    assert torch.equal(quantizer.alpha, torch.ones(1))
+
+
+def test_a_dorefa_range_starts_anew() -> None:
+    quantizer = activation(4)
+    quantizer(sample())
+    assert quantizer.range.tolist() == [-1, 1]
+    quantizer.reset()
+    quantizer(torch.tensor([-0.5, float("nan")]))
+    assert quantizer.range.tolist() == [0, 1]
 
 
 CONFIGS = {
@@ -257,3 +277,24 @@ def test_a_class_takes_its_own_kind() -> None:
         fake_quantizer(4)
     with pytest.raises(TypeError, match="QuantSpec: p must be a number"):
         QuantSpec(4, kind="qdrop", p="half")
+
+
+NOT_PLAIN = [
+    QuantSpec(4, kind="pact", learned=True),
+    QuantSpec(4, kind="dorefa_weight"),
+    QuantSpec(4, kind="dorefa_activation"),
+]
+TAKERS = {
+    "NoiseSpec: quant": lambda spec: NoiseSpec("uniform", spec),
+    "ErrorEMA: spec": ErrorEMA,
+    "SoftRounding: spec": lambda spec: SoftRounding(torch.ones(3), torch.ones(()), None, spec),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_what_is_for_plain_quantization_refuses_the_others(taker: str) -> None:
+    for spec in NOT_PLAIN:
+        with pytest.raises(ValueError, match=f"^{taker} must be of kind plain, got {spec.kind}$"):
+            TAKERS[taker](spec)
+    for kind in ("quant_noise", "qdrop"):
+        assert TAKERS[taker](QuantSpec(4, kind=kind, p=0.5))

@@ -15,7 +15,7 @@ from qkernels import Noise
 from qkernels.nn import QConfig, calibrate, float_state_dict, prepare
 
 # what keeps its old value until the first forward sets it
-FIRST_VALUES = ("scale", "zero_point", "alpha")
+FIRST_VALUES = ("scale", "zero_point", "offset", "alpha")
 CONFIGS = {
     "minmax": QConfig.minmax(3, 3),
     "lsq": QConfig.lsq(3, 3),

@@ -167,7 +167,8 @@ def compiled(function: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "ready"), [(name, True) for name in COMPILED] + [("minmax", False), ("lsq", False)]
+    ("name", "ready"),
+    [(name, True) for name in COMPILED] + [(name, False) for name in ("minmax", "lsq", "lsq+")],
 )
 def test_compiled_steps_are_the_eager_ones(name: str, ready: bool) -> None:
     config = CONFIGS[name]

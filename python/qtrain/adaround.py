@@ -147,7 +147,7 @@ def learn_rounding(
 
     Raises:
         ValueError: nothing to round; ``float_model`` does not belong to ``model``; a weight's range
-            that is not kept; no batches.
+            that is not kept; weights of PACT's or DoReFa's kind; no batches.
     """
     settings = settings if settings is not None else AdaRound()
     layers = weight_layers(model)
@@ -215,7 +215,9 @@ def _check_models(float_model: nn.Module, layers: Mapping[str, Any]) -> None:
                 "adaround: float_model must hold the weights that model was prepared from, got "
                 f"others at {name!r} (is one of them folded?)"
             )
-        if layer.weight_fake_quant.spec.dynamic:
+        spec = layer.weight_fake_quant.spec
+        spec.require_plain("adaround", f"weight quantizer of {name!r}")
+        if spec.dynamic:
             raise ValueError(
                 "adaround: model must keep the ranges of its weights (QuantSpec ema=0.0 or "
                 f"learned), got a dynamic one at {name!r}"

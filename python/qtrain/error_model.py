@@ -301,6 +301,7 @@ def _weight_params(weight: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
     spec = quantizer.spec
     if not spec.dynamic:
         return quantizer.qparams()
+    spec.require_plain("error-model", "weight quantizer")
     how = {"method": spec.method, "percentile": spec.percentile}
     return qkernels.quant_range(weight, **_layout(spec), **how)
 

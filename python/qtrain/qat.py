@@ -71,7 +71,7 @@ class Qat(Recipe):
         source: the float model to start from.
         qconfig: what is quantized, and how.
         calibration_batches: training batches that give the activations their first ranges.
-        scale_lr_factor: learning rate of what the quantizers learn (scales, zero points, PACT's
+        scale_lr_factor: learning rate of what the quantizers learn (scales, offsets, PACT's
             alphas), relative to that of the weights.
         alpha_decay: weight decay of PACT's alphas; None: that of the weights.
     """

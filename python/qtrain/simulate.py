@@ -87,7 +87,9 @@ def joined(parts: Sequence[tuple[ErrorStats, int]]) -> tuple[ErrorStats, int]:
 
 @torch.no_grad()
 def weight_errors(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Q(W) - W, of W's shape, with the range of W at hand."""
+    """Q(W) - W, of W's shape, with the range of W at hand. ValueError if the spec is of PACT's or
+    DoReFa's kind, whose Q is another."""
+    spec.require_plain("weight_errors", "spec")
     return qkernels.fake_quant(weight, **spec.options()) - weight
 
 

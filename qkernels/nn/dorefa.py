@@ -64,14 +64,20 @@ class DorefaActivationFakeQuantize(FakeQuantize):
     `calibrate`, any batch) has one, the range is [-1, 1], as the library quantizes that: one of the
     codes is 0.
 
-    State: buffer `range`, [2], and buffer `initialized`; all else is `FakeQuantize`'s.
+    State: buffer `range`, [2], which starts as [0, 1] and stays so if the first batch holds NaN or
+    inf; buffer `initialized`. All else is `FakeQuantize`'s.
     """
 
     kind = "dorefa_activation"
 
     def _make_state(self, shape: tuple[int, ...]) -> None:
         super()._make_state(shape)
-        self.register_buffer("range", torch.zeros(2))
+        self.register_buffer("range", torch.tensor([0.0, 1.0]))
+
+    def reset(self) -> None:
+        super().reset()
+        assert self.range is not None, "made in _make_state"
+        self.range[1] = 1.0
 
     @property
     def _union(self) -> bool:

@@ -40,7 +40,8 @@ class ErrorEMA(nn.Module):
     Args:
         spec: bits, axis, group_size, symmetric, narrow_range, method, percentile and clip as in
             `qkernels.error_stats`. The rest of it is not read: the range is that of x, unless a
-            scale is given with x.
+            scale is given with x. ValueError on kinds that are not plain when evaluated (PACT's and
+            DoReFa's).
         decay: of the average, in [0, 1).
         channels: number of channels, where it is known ahead; always 1 without axis or group_size.
 
@@ -58,6 +59,7 @@ class ErrorEMA(nn.Module):
         super().__init__()
         if not isinstance(spec, QuantSpec):
             raise TypeError(f"ErrorEMA: spec must be a QuantSpec, got {spec!r}")
+        spec.require_plain("ErrorEMA", "spec")
         _check.check_decay("ErrorEMA", decay)
         if channels is not None and (type(channels) is not int or channels < 0):
             raise ValueError(f"ErrorEMA: channels must be an int of at least 0, got {channels!r}")

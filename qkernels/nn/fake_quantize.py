@@ -24,29 +24,35 @@ class FakeQuantize(nn.Module):
         dynamic: nothing;
         running: buffer `range`, [2] or [2, channels], lower and upper bounds;
         learned: parameter `scale`, [1] or [channels] (sharding refuses 0-dim parameters), and, if
-            affine, buffer `zero_point`, [] or [channels], int32; with learned_zero_point it is a
-            parameter of scale's shape;
+            affine, buffer `zero_point`, [] or [channels], int32; with learned_zero_point, instead
+            of that, parameter `offset` of scale's shape, in the units of x;
         running and learned: buffer `initialized`, uint8, 0 until there is a value.
     State stays fp32 in a model cast to fp16 or bf16, where an average would stop moving.
 
     Training mode: a running range observes the input, moves (range <- ema range + (1 - ema)
     observed; the first observation is taken as it is) and quantizes with the new value. A learned
-    scale takes its first value from the first input. This is done once per training forward (with
-    gradient accumulation, once per forward; for a layer called twice, twice); a forward that
-    activation checkpointing repeats in the backward changes nothing and uses the range of the first
-    time. With torch.distributed, all ranks observe together (the union of min-max ranges, the mean
-    of others and of first scales), so every rank must run the same quantizers in the same order;
-    DDP's broadcast of the buffers then finds them equal.
+    scale takes its first value from the first input that has elements. This is done once per
+    training forward (with gradient accumulation, once per forward; for a layer called twice,
+    twice); a forward that activation checkpointing repeats in the backward changes nothing and uses
+    the range of the first time. With torch.distributed, all ranks observe together (the union of
+    min-max ranges, the mean of others and of first scales; a rank without elements adds nothing to
+    a first value, and if none has any it stays as it started), so every rank must run the same
+    quantizers in the same order; DDP's broadcast of the buffers then finds them equal.
     Eval mode: nothing changes; a range that was never set is an error.
 
     The learned scale in use is |scale| + the smallest normal number: positive whatever the
     optimizer does, with gradient +-1 to the parameter (our rule: the paper has none). The gradient
     of the scale in use is LSQ's, times 1 / sqrt(N Qp).
 
-    A learned zero point (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576) is in codes, and rounded half
-    to even for use; the paper's offset is beta = -zero_point scale, in the units of x. Its gradient
-    is that of the rounded one, 0 inside and -scale where x is clipped, times 1 / sqrt(N Qp) too
-    (our choice). It starts as the affine range's and is not held to the codes.
+    A learned zero point (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576) is kept as the paper's offset
+    beta, in the units of x: zero_point = -beta / scale, rounded half to even for use (our choice:
+    the paper does not round it). Straight-through, with z = -beta / scale not rounded:
+        dy/dbeta  = 0 inside, 1 where x is clipped, as in the paper;
+        dy/dscale = rint(x / scale) - x / scale inside, z - rint(z) + qmin or qmax where x is
+            clipped; the paper's where z is an integer, and within 1/2 of it elsewhere;
+    both times LSQ's 1 / sqrt(N Qp) (our choice for beta). beta starts at -zero_point scale of the
+    affine range and is free: the codes need not hold 0. A beta beyond 2^23 scales is refused, as
+    every such zero point.
 
     A step compiled before there is a first value keeps the code that takes it (the values are
     right, the step is slower): calibrate before compiling.
@@ -64,6 +70,7 @@ class FakeQuantize(nn.Module):
 
     kind = "plain"
     scale: nn.Parameter | None
+    offset: nn.Parameter | None
     zero_point: Tensor | None
     range: Tensor | None
     initialized: Tensor | None
@@ -111,15 +118,14 @@ class FakeQuantize(nn.Module):
     def _make_state(self, shape: tuple[int, ...]) -> None:
         spec = self.spec
         scale = nn.Parameter(torch.ones(shape or (1,))) if spec.learned else None
-        affine = spec.learned and not spec.symmetric
-        zero_point = torch.zeros(shape, dtype=torch.int32) if affine else None
+        offset = nn.Parameter(torch.zeros(shape or (1,))) if spec.learned_zero_point else None
+        fixed = spec.learned and not spec.symmetric and not spec.learned_zero_point
+        zero_point = torch.zeros(shape, dtype=torch.int32) if fixed else None
         bounds = None if spec.ema is None else torch.zeros(2, *shape)
         flag = None if spec.dynamic else torch.zeros((), dtype=torch.uint8)
         self.register_parameter("scale", scale)
-        if spec.learned_zero_point:
-            self.register_parameter("zero_point", nn.Parameter(torch.zeros(shape or (1,))))
-        else:
-            self.register_buffer("zero_point", zero_point)
+        self.register_parameter("offset", offset)
+        self.register_buffer("zero_point", zero_point)
         self.register_buffer("range", bounds)
         self.register_buffer("initialized", flag)
 
@@ -144,7 +150,9 @@ class FakeQuantize(nn.Module):
         params = self._observe(x) if self.training and self.observer_enabled else None
         if not self.fake_quant_enabled:
             return x
-        self._require_value()
+        # a compiled step asks neither: the number of elements may not be known
+        if not torch.compiler.is_compiling() and x.numel() > 0:
+            self._require_value()
         scale, zero_point = params or self._params(self.range)
         return self._quantize(x, scale, zero_point)
 
@@ -173,7 +181,7 @@ class FakeQuantize(nn.Module):
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         elif zero_point.is_floating_point():
-            zero_point = zero_point.detach().round().to(torch.int32).reshape(scale.shape)
+            zero_point = zero_point.round().to(torch.int32).reshape(scale.shape)
         return QuantRange(scale, zero_point)
 
     def _params(self, bounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -181,7 +189,8 @@ class FakeQuantize(nn.Module):
             assert bounds is not None, "a quantizer that is not dynamic has a scale or a range"
             return qparams(bounds, **self._of_qparams)
         # the gradient is the sign of the parameter, and no step can make the sum 0 or negative
-        return self.scale.abs() + numeric.smallest_scale(self.scale.dtype), self.zero_point
+        scale = self.scale.abs() + numeric.smallest_scale(self.scale.dtype)
+        return scale, self.zero_point if self.offset is None else -self.offset / scale
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> Tensor:
@@ -246,7 +255,7 @@ class FakeQuantize(nn.Module):
         else:
             params = observe.follow(self.range, local, *how, **self._of_qparams)
             self._recent.remember(local, self.range.clone())
-        if not self._settled:
+        if not self._settled and (sync or x.numel() > 0):
             self._mark()
         return params
 
@@ -254,9 +263,15 @@ class FakeQuantize(nn.Module):
         # in a compiled step `_settled` is as it was at the time of compiling: the buffer decides
         if self._settled or (not torch.compiler.is_compiling() and observe.recomputing()):
             return
+        seen = x.numel() > 0
+        # with other ranks this one keeps step, whatever it saw
+        if not (seen or sync):
+            return
         measured = self.measure(x)
-        if sync:
-            measured = observe.widest(measured) if self._union else observe.average(measured)
+        if sync and self._union:
+            measured = observe.widest(measured)
+        elif sync:
+            measured = observe.average(measured, seen)
         self._write(measured, self.initialized)
 
     def _write(self, measured: Tensor, unless: Tensor | None) -> None:
@@ -273,8 +288,10 @@ class FakeQuantize(nn.Module):
             self.range.copy_(torch.where(keep, self.range, measured))
         elif self.scale is not None:
             self.scale.copy_(torch.where(keep, self.scale, measured[0]))
-            if self.zero_point is not None:
-                _, zero_point = qparams(measured[1:], **self._of_qparams)
+            _, zero_point = qparams(measured[1:], **self._of_qparams)
+            if self.offset is not None:
+                self.offset.copy_(torch.where(keep, self.offset, -zero_point * measured[0]))
+            elif self.zero_point is not None:
                 self.zero_point.copy_(torch.where(keep, self.zero_point, zero_point))
 
     def _mark(self) -> None:

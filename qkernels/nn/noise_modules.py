@@ -31,7 +31,8 @@ class NoiseSpec:
             so on.
         quant: the quantization whose errors the noise stands for. What is drawn from follows from
             it: for the first two kinds the moving averages of an `ErrorEMA`, for uniform noise the
-            scale that `quant_range` gives for the tensor at hand.
+            scale that `quant_range` gives for the tensor at hand. Of kind plain, or one that is
+            plain when evaluated (quant_noise, qdrop).
         p: probability that an element gets noise; None: 0.5 for drop_in, 1 for uniform. None for
             differential.
         decay: of the ErrorEMA.
@@ -42,7 +43,7 @@ class NoiseSpec:
             `NoiseHandle.perturb_` adds the noise to it.
 
     Raises:
-        TypeError, ValueError: an attribute that no op would take.
+        TypeError, ValueError: an attribute that no op would take; a quant of another kind.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class NoiseSpec:
         _check.check_choice("NoiseSpec", "kind", self.kind, KINDS)
         if not isinstance(self.quant, QuantSpec):
             raise TypeError(f"NoiseSpec: quant must be a QuantSpec, got {self.quant!r}")
+        self.quant.require_plain("NoiseSpec", "quant")
         if self.p is not None:
             _check.check_probability("NoiseSpec", "p", self.p)
             if self.kind == "differential":

@@ -74,11 +74,12 @@ def widest(observed: Tensor) -> Tensor:
     return torch.stack((-outward[0], outward[1]))
 
 
-def average(observed: Tensor) -> Tensor:
-    """The mean over all ranks."""
-    total = observed.clone()
+def average(observed: Tensor, seen: bool = True) -> Tensor:
+    """The mean over the ranks that saw something; NaN if none did."""
+    count = torch.full_like(observed, float(seen))
+    total = torch.stack((observed if seen else torch.zeros_like(observed), count))
     dist.all_reduce(total, dist.ReduceOp.SUM)
-    return total / dist.get_world_size()
+    return total[0] / total[1]
 
 
 class Recent:

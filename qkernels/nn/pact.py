@@ -45,6 +45,7 @@ class PactFakeQuantize(FakeQuantize):
         )
         self.register_parameter("alpha", nn.Parameter(torch.ones(1)))
         self.register_parameter("scale", None)
+        self.register_parameter("offset", None)
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.register_buffer("range", None)
         self.register_buffer("initialized", torch.zeros((), dtype=torch.uint8))

@@ -149,12 +149,19 @@ class QuantSpec:
         """Whether training draws a mask, for which it needs a `Noise`."""
         return self.kind in RANDOM
 
+    def require_plain(self, op: str, argument: str) -> None:
+        """Raise ValueError, in the name of an argument of an op, if the kind is one whose quantized
+        values are not those of `fake_quant` with `options` and the range of the tensor at hand."""
+        if self.kind not in ("plain", *RANDOM):
+            raise ValueError(f"{op}: {argument} must be of kind plain, got {self.kind}")
+
     def widened(self, bits: int) -> QuantSpec:
         """This with at least so many bits; if it was DoReFa's, min-max, see `QConfig.dorefa`."""
         return replace(self, bits=max(self.bits, bits), **_WIDE.get(self.kind, {}))
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `fake_quant` and `error_stats` for a tensor of this kind."""
+        """The keyword arguments of `fake_quant` and `error_stats` for a tensor of this kind; see
+        `require_plain`."""
         kept = ("learned", "ema", *_YOUNGER)
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
 

@@ -41,7 +41,8 @@ class SoftRounding(nn.Module):
             `weight_fake_quant.spec`, in which a ConvTranspose's axis is translated.
 
     Raises:
-        TypeError, ValueError: as `qkernels.fake_quant`; a weight that is not finite.
+        TypeError, ValueError: as `qkernels.fake_quant`; a weight that is not finite; a spec of a
+            kind that is not plain when evaluated (PACT's and DoReFa's).
     """
 
     base: Tensor
@@ -55,6 +56,7 @@ class SoftRounding(nn.Module):
         op = "SoftRounding"
         if not isinstance(spec, QuantSpec):
             raise TypeError(f"{op}: spec must be a QuantSpec, got {spec!r}")
+        spec.require_plain(op, "spec")
         _check.check_tensor(op, "weight", weight)
         weight = weight.detach()
         axis = _check.normal_axis(op, weight, spec.axis, spec.group_size)

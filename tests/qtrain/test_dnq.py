@@ -117,6 +117,16 @@ def test_laws_of_the_controls(kind, variance, memory, mean):
         assert noise.sum(0).square().mean() < 3 * (std**2).mean()
 
 
+def test_weight_errors_are_those_of_plain_quantization():
+    for spec in (QuantSpec(4, kind="pact", learned=True), QuantSpec(4, kind="dorefa_weight")):
+        text = f"^weight_errors: spec must be of kind plain, got {spec.kind}$"
+        with pytest.raises(ValueError, match=text):
+            weight_errors(torch.randn(5, 3), spec)
+    w = torch.randn(5, 3)
+    wanted = weight_errors(w, QuantSpec(4, symmetric=True))
+    assert torch.equal(weight_errors(w, QuantSpec(4, symmetric=True, kind="qdrop", p=0.5)), wanted)
+
+
 def test_discrete_noise_takes_real_errors():
     torch.manual_seed(0)
     spec = QuantSpec(2, axis=1, symmetric=True)

@@ -93,6 +93,13 @@ def test_weights_on_the_grid_have_no_errors():
     assert e.zeros == 63 / 64 and e.mean_abs == pytest.approx(0.03 / 64) and e.gauss > 0.4
 
 
+def test_weights_of_dorefa_are_refused():
+    spec = QuantSpec(2, kind="dorefa_weight")
+    model = prepare(nn.Sequential(nn.Linear(4, 3)), QConfig(spec, None, first_last_bits=None))
+    with pytest.raises(ValueError, match="weight quantizer must be of kind plain, got dorefa_w"):
+        summarize_weight(model[0], 1000, rng())
+
+
 def test_a_layer_of_zeros(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     for parameter in model.parameters():

@@ -131,7 +131,7 @@ def groups(source, method, **options):
     return model, found
 
 
-def test_alphas_decay_and_zero_points_do_not(source):
+def test_alphas_decay_and_offsets_do_not(source):
     for decay in (None, 0.25):
         model, found = groups(source, "pact", alpha_decay=decay)
         alphas = {id(m.alpha) for m in model.modules() if isinstance(m, PactFakeQuantize)}
@@ -140,7 +140,7 @@ def test_alphas_decay_and_zero_points_do_not(source):
         assert {id(p) for p in own["params"]} == alphas and own["lr_factor"] == 0.5
         assert own["weight_decay"] == (SHORT.weight_decay if decay is None else decay)
     model, found = groups(source, "lsq+")
-    learned = {id(p) for n, p in model.named_parameters() if n.endswith(("scale", "zero_point"))}
+    learned = {id(p) for n, p in model.named_parameters() if n.endswith(("scale", "offset"))}
     assert {id(p) for p in found[-1]["params"]} == learned and len(learned) == 27
     assert found[-1]["weight_decay"] == 0
 
