@@ -1,6 +1,7 @@
 """qtrain basin from a checkpoint, by the command line."""
 
 import json
+import shlex
 
 import pytest
 from PIL import Image
@@ -50,9 +51,13 @@ def test_command(checkpoint, tmp_path):
     again = next(line for line in shown.splitlines() if line.startswith("Again: `qtrain basin"))
     before = (out / "results.json").read_bytes()
     # the command in the report is the one that made it: a finished run is read back
-    words = again.split("`")[1].split()[3:]
-    assert call(checkpoint, *words).exit_code == 0
-    assert (out / "results.json").read_bytes() == before
+    program, *words = shlex.split(again.split("`")[1])
+    assert program == "qtrain" and words[:2] == ["basin", str(checkpoint)]
+    made = (out / "w2" / "results.json").stat().st_mtime_ns
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert (out / "results.json").read_bytes() == before and "no option" not in shown
+    assert (out / "w2" / "results.json").stat().st_mtime_ns == made
     assert not list(out.rglob("*.part"))
 
 
