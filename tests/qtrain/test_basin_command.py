@@ -5,8 +5,10 @@ import shlex
 
 import pytest
 from PIL import Image
+from qtrain.basin_measure import BasinConfig
 from qtrain.basin_pictures import draw
-from qtrain.basin_run import read_report
+from qtrain.basin_run import BasinData, read_report
+from qtrain.basin_train import Schedule
 from qtrain.cli import app, basin
 from qtrain.loop import train
 from qtrain.recipe import Recipe, TrainConfig
@@ -110,3 +112,23 @@ def test_a_run_is_no_float_checkpoint(checkpoint, tmp_path):
     assert done.exit_code == 2 and "must be of a float model, got one of basin" in done.output
     done = call(checkpoint, "--out", out, "--bits", "3", *TINY)
     assert done.exit_code == 2 and "recipe.bits ([2] there, [3] asked for)" in done.output
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (BasinConfig, "profile_points", 2.5),
+        (BasinConfig, "slice_points", 2.5),
+        (BasinConfig, "slice_points", False),
+        (BasinConfig, "first_last_bits", 8.0),
+        (BasinConfig, "seed", 0.5),
+        (Schedule, "steps", 2.5),
+        (Schedule, "record_every", True),
+        (BasinData, "evaluation_images", 2.5),
+    ],
+)
+def test_whole_numbers(make, name, value):
+    with pytest.raises(TypeError, match=f"basin: {name} must be a whole number, got {value}"):
+        make(**{name: value})
+    with pytest.raises(TypeError, match=r"basin: bits must be a whole number, got 2\.5"):
+        BasinConfig(bits=(2.5,))

@@ -79,7 +79,7 @@ def test_the_command_of_a_report_makes_it_again(tmp_path):
     words = ["basin-study", "--out", str(tmp_path), "--seeds", "1", "--jobs", "1", "--bits", "2"]
     words += ["--steps", "2", "--adaround-iterations", "1", "--epochs", "1", "--model", "cnn"]
     changed = ("batch_size=128", "lr=0.0125", "optimizer=adamw", "model_options.widths=[4,8]")
-    for setting in (*changed, "model_options.strides=[2,2]", "data_options.test_share=0.5"):
+    for setting in (*changed, "model_options.strides=[2,2]"):
         words += ["--set", setting]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
@@ -97,12 +97,10 @@ def test_the_command_of_a_report_makes_it_again(tmp_path):
 def test_what_no_command_gives_is_named():
     base = replace(settings_for("digits"), dataset="cifar10", model_options={}, clip=1.0)
     line = command_of(base, replace(BASE, seed=3), BasinData(batch_size=64), [0])
-    assert line.endswith(
-        "--set clip=1.0`; it has no option for dataset cifar10, no model_options.width"
-    )
-    word = replace(
-        settings_for("digits"), model_options={"width": 8, "norm": "true", "act": "relu"}
-    )
+    missing = "it has no option for dataset cifar10, no model_options.width"
+    assert line.endswith(f"--set clip=1.0`; {missing}")
+    options = {"width": 8, "norm": "true", "act": "relu"}
+    word = replace(settings_for("digits"), model_options=options)
     words = shlex.split(command_of(word, BASE, BasinData(), [0, 1]).strip("`"))
     settings = parse_settings([w for w in words if "=" in w])
     assert settings == {"model_options": {"norm": "true", "act": "relu"}}

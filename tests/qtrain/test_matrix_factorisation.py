@@ -76,10 +76,8 @@ def test_command(tmp_path):
     assert done.exit_code == 0, done.output
     text = (out / "report.md").read_text()
     assert "do not compare" in text and (out / PICTURE).exists()
-    again = (
-        "Again: `qtrain matrix-factorisation --seeds 2 --rho 0.3 --float-steps 50 --qat-steps 20`."
-    )
-    assert again in text
+    options = "--seeds 2 --rho 0.3 --float-steps 50 --qat-steps 20"
+    assert f"Again: `qtrain matrix-factorisation {options}`." in text
     before = (out / "results.json").read_bytes()
     assert CliRunner().invoke(app, words).exit_code == 0
     assert (out / "results.json").read_bytes() == before
