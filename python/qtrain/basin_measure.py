@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ from .basin_probe import (
     weight_names,
 )
 from .basin_result import QAT, RANGES, BasinReport, Moment, Solution, Width, rtn
-from .basin_train import Batches, Schedule, Training, freeze_grid
+from .basin_train import Batches, Schedule, Training, freeze_grid, require_whole
 from .data import Batch
 from .hessian import Loss
 from .progress import Track
@@ -62,7 +63,7 @@ class BasinConfig:
         seed: names all randomness.
 
     Raises:
-        ValueError: a value out of its range.
+        TypeError, ValueError: a value of another kind, or out of its range.
     """
 
     bits: Sequence[int] = (4, 3, 2)
@@ -83,14 +84,18 @@ class BasinConfig:
         require(once, "bits", "one or more, each once", self.bits, "basin")
         known = self.grid in RANGES
         require(known, "grid", f"one of {', '.join(RANGES)}", repr(self.grid), "basin")
+        if self.first_last_bits is not None:
+            require_whole("first_last_bits", self.first_last_bits, 1)
         for bits in self.bits:
+            require_whole("bits", bits, 1)
             self.qconfig(bits)
         for name in ("eps_relative", "eps_absolute"):
             value = getattr(self, name)
-            require(value >= 0, name, "at least 0", value, "basin")
-        points = self.profile_points
-        require(points >= 2, "profile_points", "at least 2", points, "basin")
+            require(0 <= value < math.inf, name, "at least 0 and finite", value, "basin")
+        require_whole("seed", self.seed)
+        require_whole("profile_points", self.profile_points, 2)
         points = self.slice_points
+        require_whole("slice_points", points)
         require(points == 0 or points >= 2, "slice_points", "0, or at least 2", points, "basin")
 
     def qconfig(self, bits: int, method: str | None = None) -> QConfig:

@@ -141,7 +141,7 @@ def report_text(
 
     Args:
         described: the settings, as in config.json under "recipe".
-        command: what makes it again.
+        command: what makes it again, for the last line.
     """
     schedule = described["schedule"]
     eps = report.limit - report.home.loss
@@ -186,6 +186,6 @@ def report_text(
 
 {shown}
 
-Again: `{command}`. Settings: config.json. All figures and curves: {RESULTS}. Seed
+Again: {command}. Settings: config.json. All figures and curves: {RESULTS}. Seed
 {described["seed"]}.
 """

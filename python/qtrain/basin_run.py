@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .again import again, apart, flat, option_words
 from .basin_measure import BasinConfig, Ground, measure
 from .basin_pictures import draw
 from .basin_report import report_text, table_rows
 from .basin_result import BasinReport
-from .basin_train import Batches, LoaderBatches, SplitBatches, as_pair, take
+from .basin_train import Batches, LoaderBatches, SplitBatches, as_pair, require_whole, take
 from .data import Batch, Dataset, load_dataset
 from .flatness import sample_batches
 from .hessian import CrossEntropy, Loss, Objective, cross_entropy, standing_still
@@ -30,6 +31,26 @@ from .source import FloatSource
 
 # batches of the loader that are looked at, and that AdaRound learns from, unless others are given
 EVALUATION, CALIBRATION = 4, 8
+# options of the command, and the settings that they give
+OPTIONS = {
+    "bits": "bits",
+    "steps": "schedule.steps",
+    "lr": "schedule.lr",
+    "optimizer": "schedule.optimizer",
+    "batch-size": "batch_size",
+    "grid": "grid",
+    "first-last-bits": "first_last_bits",
+    "batchnorm": "schedule.batchnorm",
+    "reestimate-batchnorm": "reestimate_batchnorm",
+    "adaround-iterations": "adaround.iterations",
+    "evaluation-images": "evaluation_images",
+    "calibration-images": "calibration_images",
+    "eps-relative": "eps_relative",
+    "eps-absolute": "eps_absolute",
+    "record-every": "schedule.record_every",
+    "slice-points": "slice_points",
+    "seed": "seed",
+}
 
 
 def basin(
@@ -69,13 +90,17 @@ def basin(
         calibration: batches that AdaRound learns from; None: the first 8 of the loader.
         test: batches for a test loss and, if ``loss`` is a `CrossEntropy`, an accuracy; None: none.
         out: run directory; None: nothing is written. A run that was killed goes on, to the same
-            bits; a finished one is read back. It knows the model and the evaluation set by their
-            bytes; that the loader is the same is up to you.
+            bits; a finished one is read back. It knows the state of the model, the evaluation, the
+            calibration and the test set by their bytes, and ``loss`` by its qualified name (a
+            `CrossEntropy` with its settings too). That the loader is the same is up to you, as is
+            what a function of that name computes, and what the model's state does not tell:
+            dropout, say, and which parameters require grad.
         overwrite: start afresh.
         quiet: no progress.
 
     Raises:
-        TypeError: a loader that can be iterated only once, or does not yield pairs of tensors.
+        TypeError: a loader that can be iterated only once, or does not yield pairs of tensors; a
+            setting that must be a whole number and is not.
         ValueError: a setting out of its range; no batches; a model without a quantizable layer, or
             a quantized one, or one of which nothing requires grad; ``out`` holds another run, or a
             damaged one.
@@ -90,14 +115,19 @@ def basin(
     with keeping_globals():
         looked = _batches("evaluation", evaluation, batches, EVALUATION, device)
         learned = _batches("calibration", calibration, batches, CALIBRATION, device)
-        tested = None
-        if test is not None:
-            tested = _tester(loss, [as_pair(batch, device) for batch in test])
+        held = None if test is None else [as_pair(batch, device) for batch in test]
     still = copy.deepcopy(model).eval()
+    tested = None if held is None else _tester(loss, held)
     ground = Ground(still, batches, looked, learned, loss, tested)
-    names = {"model": digest(model.state_dict().values()), "evaluation": digest(sum(looked, ()))}
+    names = {
+        "model": digest(model.state_dict().values()),
+        "evaluation": digest(sum(looked, ())),
+        "calibration": digest(sum(learned, ())),
+        "test": None if held is None else digest(sum(held, ())),
+        "loss": loss_name(loss),
+    }
     described = {"recipe": {"name": "basin", **asdict(settings), **names}}
-    return _report(ground, settings, described, out, overwrite, quiet, "qtrain.basin(..)")
+    return _report(ground, settings, described, out, overwrite, quiet, "`qtrain.basin(..)`")
 
 
 def _changed(config: BasinConfig, **given: Any) -> BasinConfig:
@@ -134,6 +164,15 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
+def loss_name(loss: Loss) -> str:
+    """Names a loss in a config: the qualified name of a function, or of an object's class (a
+    `CrossEntropy` as it is written)."""
+    if isinstance(loss, CrossEntropy):
+        return f"{type(loss).__module__}.{loss!r}"
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 @dataclass(frozen=True)
 class BasinData:
     """What of a dataset of ours is looked at, and how it is trained on.
@@ -142,11 +181,18 @@ class BasinData:
         evaluation_images: random training images that f is the mean over.
         calibration_images: random training images that AdaRound learns from.
         batch_size: of training.
+
+    Raises:
+        TypeError, ValueError: one that is no whole number, or below 1.
     """
 
     evaluation_images: int = 256
     calibration_images: int = 512
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            require_whole(name, value, 1)
 
 
 def run_basin(
@@ -191,36 +237,35 @@ def run_basin(
     batches = SplitBatches(data.train, images.batch_size, config.seed)
     loss = CrossEntropy(source.label_smoothing)
     ground = Ground(model, batches, looked, learned, loss, tested)
-    recipe = {"name": "basin", **asdict(config), **asdict(images), "source": source.digest}
-    described = {"train": source.settings(), "recipe": recipe}
-    command = f"{command_of(config, images)} --out {out}"
+    described = describe(source, config, images)
+    command = command_of(source, config, images, out, cpu=cpu)
     return _report(ground, config, described, out, overwrite, quiet, command)
 
 
-def command_of(config: BasinConfig, images: BasinData) -> str:
-    """The command line of these settings, as far as it has options for them."""
-    schedule = config.schedule
-    options = {
-        "bits": ",".join(map(str, config.bits)),
-        "steps": schedule.steps,
-        "lr": f"{schedule.lr:g}",
-        "optimizer": schedule.optimizer,
-        "batch-size": images.batch_size,
-        "grid": config.grid,
-        "first-last-bits": config.first_last_bits or 0,
-        "batchnorm": schedule.batchnorm,
-        "adaround-iterations": config.adaround.iterations,
-        "evaluation-images": images.evaluation_images,
-        "calibration-images": images.calibration_images,
-        "eps-relative": f"{config.eps_relative:g}",
-        "eps-absolute": f"{config.eps_absolute:g}",
-        "record-every": schedule.record_every,
-        "slice-points": config.slice_points,
-        "seed": config.seed,
-    }
-    words = " ".join(f"--{name} {value}" for name, value in options.items())
-    again = " --reestimate-batchnorm" if config.reestimate_batchnorm else ""
-    return f"qtrain basin CHECKPOINT {words}{again}"
+def describe(source: FloatSource, config: BasinConfig, images: BasinData) -> dict[str, Any]:
+    """The config of such a run's directory."""
+    recipe = {"name": "basin", **asdict(config), **asdict(images), "source": source.digest}
+    return {"train": source.settings(), "recipe": recipe}
+
+
+def command_of(
+    source: FloatSource,
+    config: BasinConfig,
+    images: BasinData,
+    out: str | Path,
+    *,
+    cpu: bool = False,
+) -> str:
+    """The command that makes the run again, and what it has no option for."""
+    settings = flat({**asdict(config), **asdict(images)})
+    settings["first_last_bits"] = config.first_last_bits or 0
+    default = flat({**asdict(BasinConfig()), **asdict(BasinData())})
+    reached = {**default, **{name: settings[name] for name in OPTIONS.values()}}
+    where = "CHECKPOINT" if source.path is None else str(source.path)
+    named = ["--dataset", source.dataset, "--model", source.model]
+    words = ["qtrain", "basin", where, *named, *option_words(OPTIONS, settings)]
+    words += ["--out", str(out), *(["--cpu"] if cpu else [])]
+    return again(words, apart(settings, reached))
 
 
 def _report(

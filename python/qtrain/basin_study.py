@@ -8,36 +8,25 @@ would.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .adaround import AdaRound
+from .again import again, apart, flat, option_words, set_words
 from .basin_measure import BasinConfig
-from .basin_result import QAT, BasinReport, Width, answer, rtn
-from .basin_run import BasinData, run_basin
+from .basin_result import BasinReport
+from .basin_run import BasinData, describe, run_basin
+from .basin_study_report import write_study
 from .basin_train import Schedule
 from .data import load_dataset
 from .loop import train
 from .progress import Track
 from .recipe import Recipe, TrainConfig, require
-from .report import REPORT, RESULTS, markdown_grid
-from .rundir import RunDir, to_json, write_atomic
+from .rundir import MODEL, RunDir
 from .source import FloatSource
-from .study import (
-    PICTURE,
-    Comparison,
-    Score,
-    accuracy_table,
-    difference_table,
-    paired,
-    plot_study,
-    run_all,
-    spread,
-)
+from .study import run_all
 
 # the paper's recipe, for less data: batch 64 and a rate of 0.05 for its 128 and 0.1
 SHARED: dict[str, Any] = {
@@ -64,33 +53,15 @@ CONFIG = BasinConfig(
     profile_points=11,
     slice_points=9,
 )
-ADAROUND, CONTROL = "AdaRound", "more float + AdaRound"
-ARMS = (
-    rtn("minmax"),
-    rtn("mse"),
-    f"more float + {rtn('minmax')}",
-    f"more float + {rtn('mse')}",
-    ADAROUND,
-    CONTROL,
-    QAT,
-)
-METHOD = "test accuracy"
-# CIFAR-10, ResNet-20, top-1 in %
-PAPER = {4: (91.79, 91.75, 91.87), 3: (91.19, 91.19, 91.08), 2: (86.62, 87.92, 84.51)}
-DIAGNOSIS = (
-    "bits",
-    "f, float",
-    "f, RTN",
-    "f, AdaRound",
-    "f, QAT",
-    "outside: RTN, AdaRound, control, QAT",
-    "first entry, steps",
-    "cosine at Q(w)",
-    "cosine at w",
-    "angle",
-    "deployed first",
-    "answers",
-)
+# options of the command, and the settings of `BasinConfig` that they give
+OPTIONS = {
+    "bits": "bits",
+    "steps": "schedule.steps",
+    "lr": "schedule.lr",
+    "grid": "grid",
+    "batchnorm": "schedule.batchnorm",
+    "adaround-iterations": "adaround.iterations",
+}
 
 
 @dataclass(frozen=True)
@@ -166,12 +137,14 @@ def run_study(
     label = f"basin-study {base.dataset}"
     found = {job.seed: report for job, report in run_all(todo, _run, label=label, processes=jobs)}
     reports = {seed: found[seed] for seed in sorted(found)}
-    write_study(base, config, reports, out)
+    write_study(base, config, reports, out, command_of(base, config, images, list(reports)))
     return reports
 
 
 def _check(todo: Sequence[Job]) -> None:
-    """Raise what a run would raise at its start, before the first is made."""
+    """Raise what a run would raise at its start, before the first is made. Where the float model is
+    not there yet, a report that is there is looked at when its turn comes: it starts from the
+    model's bytes."""
     train_set = load_dataset(todo[0].train.dataset, todo[0].train.data_options).train
     have, images = len(train_set), todo[0].images
     for name in ("evaluation_images", "calibration_images", "batch_size"):
@@ -179,7 +152,12 @@ def _check(todo: Sequence[Job]) -> None:
         require(1 <= value <= have, name, f"in 1..{have}", value, "basin-study")
     for job in todo:
         described = {"train": asdict(job.train), "recipe": Recipe().describe()}
-        RunDir(job.out / "float", described, overwrite=job.overwrite)
+        trained = RunDir(job.out / "float", described, overwrite=job.overwrite)
+        where = job.out / "basin"
+        if job.overwrite:
+            RunDir(where, {"recipe": {"name": "basin"}}, overwrite=True)
+        elif trained.file(MODEL).exists():
+            RunDir(where, describe(FloatSource.load(trained.path), job.config, job.images))
 
 
 def _run(job: Job) -> BasinReport:
@@ -190,192 +168,25 @@ def _run(job: Job) -> BasinReport:
     return run_basin(FloatSource.load(where), job.out / "basin", job.config, job.images, **how)
 
 
-def comparison(dataset: str) -> Comparison:
-    """How the tables are laid out."""
-    return Comparison("basin-study", dataset, ARMS, (ADAROUND, CONTROL))
-
-
-def scores(reports: dict[int, BasinReport]) -> list[Score]:
-    """By width, arm and seed."""
-    found = []
-    for seed, report in reports.items():
-        before = report.home.test_accuracy or 0.0
-        for width in report.widths:
-            for s in width.solutions:
-                loss = math.nan if s.test_loss is None else s.test_loss
-                accuracy = s.test_accuracy or 0.0
-                pair = (width.bits, 32)
-                found.append(Score(s.name, pair, METHOD, seed, accuracy, loss, before))
-    return sorted(found, key=lambda s: (-s.bits[0], ARMS.index(s.arm), s.seed))
-
-
-def loss_table(found: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): test losses of the arms, mean ± standard deviation, by width."""
-    rows = []
-    for bits in dict.fromkeys(s.bits[0] for s in found):
-        cells = []
-        for arm in ARMS:
-            losses = [s.loss for s in found if s.bits[0] == bits and s.arm == arm]
-            cells.append(_plus_minus(losses))
-        rows.append([f"W{bits}", *cells])
-    return ["bits", *ARMS], rows
-
-
-def diagnosis_table(reports: dict[int, BasinReport]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): the figures of the basins, by width."""
-    widths = [width.bits for width in next(iter(reports.values())).widths]
-    return list(DIAGNOSIS), [_diagnosis(bits, list(reports.values())) for bits in widths]
-
-
-def _diagnosis(bits: int, reports: Sequence[BasinReport]) -> list[str]:
-    mine = [report.width(bits) for report in reports]
-    entries = [width.entry(r.limit) for width, r in zip(mine, reports, strict=True)]
-    falls = [width.half_fall for width in mine]
-    said = [answer(width) for width in mine]
-    counts = [f"{text}: {said.count(text)}" for text in dict.fromkeys(said)]
-    return [
-        f"W{bits}",
-        _plus_minus([report.home.loss for report in reports]),
-        _plus_minus([width.nearest.loss for width in mine]),
-        _plus_minus([width.named(ADAROUND).loss for width in mine]),
-        _plus_minus([width.qat.loss for width in mine]),
-        ", ".join(str(_outside(mine, name)) for name in (None, ADAROUND, CONTROL, QAT)),
-        ", ".join("never" if entry is None else str(entry) for entry in entries),
-        _plus_minus([m for w in mine if (m := w.curve[0].deployed_cosine) is not None]),
-        _plus_minus([m for w in mine if (m := w.curve[0].latent_cosine) is not None]),
-        _plus_minus([a for w in mine if (a := w.qat.angle) is not None], digits=1),
-        f"{sum(fall is not None and fall.before_latent for fall in falls)} of {len(falls)}",
-        "; ".join(counts),
-    ]
-
-
-def _outside(widths: Sequence[Width], name: str | None) -> int:
-    """In how many seeds a solution is outside the basin; None: RTN on the grid."""
-    found = [width.nearest if name is None else width.named(name) for width in widths]
-    return sum(not solution.inside for solution in found)
-
-
-def _plus_minus(values: Sequence[float], digits: int = 3) -> str:
-    if not values:
-        return "-"
-    mean, deviation = spread(values)
-    text = f"{mean:.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {deviation:.{digits}f}"
-
-
-def gain(gaps: Sequence[float]) -> str:
-    """What paired differences say: "gain" or "loss" where the mean is more than two standard
-    errors from 0, else "tie"; "one seed" tells nothing."""
-    if len(gaps) < 2:
-        return "one seed"
-    mean, deviation = spread(gaps)
-    error = deviation / math.sqrt(len(gaps))
-    if abs(mean) <= 2 * error:
-        return "tie"
-    return "gain" if mean > 0 else "loss"
-
-
-def claims(found: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): QAT less AdaRound and less the control, the paper's beside ours."""
-    rows = []
-    for bits in dict.fromkeys(s.bits[0] for s in found):
-        cells = []
-        for place, name in ((0, ADAROUND), (2, CONTROL)):
-            ours, theirs = (
-                [s for s in found if s.bits[0] == bits and s.arm == arm] for arm in (QAT, name)
-            )
-            gaps = paired(ours, theirs)
-            mean, deviation = spread(gaps)
-            printed = PAPER.get(bits)
-            paper = "-" if printed is None else f"{printed[1] - printed[place]:+.2f}"
-            ours_text = f"{100 * mean:+.2f}"
-            if len(gaps) > 1:
-                ours_text += f"\n± {100 * deviation:.2f}"
-            cells += [paper, ours_text, gain(gaps)]
-        rows.append([f"W{bits}", *cells])
-    columns = ["bits"]
-    for name in (ADAROUND, CONTROL):
-        columns += [f"QAT - {name},\npaper", "ours", "so"]
-    return columns, rows
-
-
-def write_study(
-    base: TrainConfig, config: BasinConfig, reports: dict[int, BasinReport], out: Path
-) -> None:
-    """report.md, study.png and, last, results.json."""
-    found = scores(reports)
-    shown = comparison(base.dataset)
-    plot_study(out / PICTURE, shown, found)
-    write_atomic(out / REPORT, report_text(base, config, reports, found).encode())
-    results = {
-        "study": shown.name,
-        "scores": [asdict(score) for score in found],
-        "verdicts": {str(seed): report.verdict for seed, report in reports.items()},
-    }
-    write_atomic(out / RESULTS, to_json(results))
-
-
-def command_of(base: TrainConfig, config: BasinConfig, seeds: int) -> str:
-    """The command line of these settings, as far as it has options for them."""
-    schedule = config.schedule
-    options = {
-        "dataset": base.dataset,
-        "seeds": seeds,
-        "bits": ",".join(map(str, config.bits)),
-        "steps": schedule.steps,
-        "lr": f"{schedule.lr:g}",
-        "grid": config.grid,
-        "batchnorm": schedule.batchnorm,
-        "adaround-iterations": config.adaround.iterations,
-        "epochs": base.epochs,
-        "model": base.model,
-    }
-    words = [f"--{name} {value}" for name, value in options.items()]
-    for name in ("model_options", "data_options"):
-        for key, value in getattr(base, name).items():
-            words.append(f"--set {name}.{key}={json.dumps(value, separators=(',', ':'))}")
-    return f"qtrain basin-study {' '.join(words)}"
-
-
-def report_text(
-    base: TrainConfig,
-    config: BasinConfig,
-    reports: dict[int, BasinReport],
-    found: Sequence[Score],
+def command_of(
+    base: TrainConfig, config: BasinConfig, images: BasinData, seeds: Sequence[int]
 ) -> str:
-    shown, schedule = comparison(base.dataset), config.schedule
-    numbers = ", ".join(map(str, reports))
-    command = command_of(base, config, len(reports))
-    return f"""# qtrain basin-study {base.dataset}
-
-{base.model} {dict(base.model_options)}, {base.epochs} epochs in float; QAT and its control
-{schedule.steps} steps of {schedule.optimizer} at {schedule.lr:g}; AdaRound
-{config.adaround.iterations} iterations a layer; grid {config.grid}. Seeds {numbers}. Weights only;
-mean ± standard deviation over seeds. Nothing was chosen by test score.
-
-## Test accuracy, %
-
-{markdown_grid(*accuracy_table(shown, found))}
-Paired differences in points (same seed), and in how many seeds the arm was better.
-
-{markdown_grid(*difference_table(shown, found), left=3)}
-![accuracy by arm]({PICTURE})
-
-## Beside the paper (ResNet-20, CIFAR-10, top-1, points)
-
-{markdown_grid(*claims(found), left=1)}
-so: "gain" or "loss" where the mean is more than two standard errors from 0, else "tie".
-
-## Test loss
-
-{markdown_grid(*loss_table(found), left=1)}
-## Basins
-
-{markdown_grid(*diagnosis_table(reports), left=1)}
-f: the mean loss over the evaluation set. outside: in how many seeds. first entry: by seed, 0 where
-RTN never left. Cosines: before the first step. angle: between the displacements of QAT and RTN, in
-degrees. deployed first: in how many seeds the deployed loss had made half of its fall before the
-latent loss moved. Each seed's report: seed*/basin/report.md.
-
-Again: `{command}`.
-"""
+    """The command that makes the study again, and what it has no option for."""
+    # without a preset for the dataset there is no command: another's, and the dataset is missing
+    preset = base.dataset if base.dataset in PRESETS else next(iter(PRESETS))
+    start = flat(asdict(settings_for(preset, epochs=base.epochs, model=base.model)))
+    wanted = {**flat(asdict(base)), "seed": start["seed"]}
+    changed = {
+        name: value
+        for name, value in wanted.items()
+        if name != "dataset" and value is not None and (name not in start or start[name] != value)
+    }
+    settings, default = flat(asdict(config)), flat(asdict(replace(CONFIG, seed=config.seed)))
+    reached = {**default, **{name: settings[name] for name in OPTIONS.values()}}
+    missing = apart(wanted, {**start, **changed}) + apart(settings, reached)
+    missing += apart(asdict(images), asdict(BasinData(batch_size=images.batch_size)))
+    if list(seeds) != list(range(len(seeds))):
+        missing.append(f"the seeds {', '.join(map(str, seeds))} alone")
+    words = ["qtrain", "basin-study", "--dataset", preset, "--seeds", str(max(seeds) + 1)]
+    words += [*option_words(OPTIONS, settings), "--epochs", str(base.epochs), "--model", base.model]
+    return again([*words, *set_words(changed)], missing)

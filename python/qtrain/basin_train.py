@@ -29,6 +29,13 @@ Record = dict[str, Any]
 Watch = Callable[[nn.Module], Record]
 
 
+def require_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Raise unless a setting is a whole number, and at least so much."""
+    if type(value) is not int:
+        raise TypeError(f"basin: {name} must be a whole number, got {value!r}")
+    require(least is None or value >= least, name, f"at least {least}", value, "basin")
+
+
 class Batches(Protocol):
     """Training batches that can be read again from any place."""
 
@@ -113,7 +120,7 @@ class Schedule:
             "train": batch statistics in training, as usual.
 
     Raises:
-        ValueError: a value out of its range.
+        TypeError, ValueError: a value of another kind, or out of its range.
     """
 
     steps: int = 300
@@ -129,8 +136,7 @@ class Schedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "halve_at", tuple(self.halve_at))
         for name in ("steps", "record_every", "checkpoint_every"):
-            value = getattr(self, name)
-            require(type(value) is int and value >= 1, name, "at least 1", value, "basin")
+            require_whole(name, getattr(self, name), 1)
         shares = all(0 < share < 1 for share in self.halve_at)
         require(shares, "halve_at", "shares in (0, 1)", self.halve_at, "basin")
         modes = ("frozen", "train")

@@ -35,6 +35,7 @@ from torch import Tensor
 
 import qkernels
 
+from .again import again, apart, option_words
 from .basin_probe import angle, inward_cosine
 from .progress import Track
 from .recipe import require
@@ -70,6 +71,13 @@ NAMES = {
     "qat_distance": "distance, QAT",
     "angle": "angle, degrees",
     "inward": "cosine(-grad f(Q(X)), X - Q(X)), PTQ",
+}
+# options of the command, and the settings that they give
+OPTIONS = {
+    "seeds": "seeds",
+    "rho": "rho",
+    "float-steps": "float_steps",
+    "qat-steps": "qat_steps",
 }
 COLUMNS = ("figure", "paper, seed 0", "ours, seed {seed}", "ours, {count} seeds")
 
@@ -278,6 +286,15 @@ def plot(path: Path, found: Sequence[Factorisation]) -> None:
     save_figure(canvas, path)
 
 
+def command_of(config: FactorisationConfig) -> str:
+    """The command that makes the run again, and what it has no option for."""
+    settings = asdict(config)
+    given = {name: settings[name] for name in OPTIONS.values()}
+    reached = {**asdict(FactorisationConfig()), **given}
+    words = ["qtrain", "matrix-factorisation", *option_words(OPTIONS, settings)]
+    return again(words, apart(settings, reached))
+
+
 def report_text(config: FactorisationConfig, found: Sequence[Factorisation]) -> str:
     settings: dict[str, Any] = asdict(config)
     same = settings == {**asdict(FactorisationConfig()), "seeds": config.seeds}
@@ -294,6 +311,6 @@ def report_text(config: FactorisationConfig, found: Sequence[Factorisation]) -> 
 
 ![losses during QAT, and PTQ against QAT over seeds]({PICTURE})
 
-Again: `qtrain matrix-factorisation --seeds {config.seeds}`. Settings: config.json. All figures and
-curves: {RESULTS}.
+Again: {command_of(config)}. Settings: config.json. All figures and curves:
+{RESULTS}.
 """

@@ -23,6 +23,7 @@ class FloatSource:
         digest: names the file in the config of the run that starts from it; its path does not,
             for a run may be moved.
         label_smoothing: of the loss that it was trained with, as far as the file says.
+        path: what was read, if it was.
     """
 
     weights: Mapping[str, Tensor]
@@ -32,6 +33,7 @@ class FloatSource:
     model: str
     model_options: Mapping[str, Any]
     label_smoothing: float = 0.0
+    path: Path | None = None
 
     @classmethod
     def load(
@@ -66,6 +68,7 @@ class FloatSource:
             model=model,
             model_options=known.get("model_options", {}) if model == known.get("model") else {},
             label_smoothing=known.get("label_smoothing", 0.0),
+            path=path,
         )
 
     def settings(self) -> dict[str, Any]:

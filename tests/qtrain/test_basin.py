@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from qtrain import basin_run
 from qtrain.adaround import AdaRound, weight_layers
 from qtrain.basin_measure import BasinConfig
 from qtrain.basin_probe import deployed_state, inside
@@ -206,7 +207,7 @@ class Dying(CrossEntropy):
 
 def test_same_bits_after_kills(model, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    report = basin(model, loader(), config=SMALL, out=whole, quiet=True)
+    report = basin(model, loader(), config=SMALL, loss=Dying(10**6), out=whole, quiet=True)
     kills = 0
     # ever later: in the control, in QAT between checkpoints, in what is quantized and drawn after
     for calls in range(9, 400, 23):
@@ -226,20 +227,28 @@ def test_same_bits_after_kills(model, tmp_path):
     assert not list(killed.rglob("*.part"))
 
 
-def test_finished_runs_are_read_back(model, tmp_path):
+def test_finished_runs_are_read_back(model, tmp_path, monkeypatch):
     out = tmp_path / "run"
     short = replace(SMALL, bits=(2,))
     first = basin(model, loader(), config=short, out=out, quiet=True)
     (out / "report.md").unlink()
 
-    def refuse(model, batch):
+    def refuse(*_):
         raise AssertionError("nothing is to be computed")
 
-    again = basin(model, loader(), config=short, loss=refuse, out=out, quiet=True)
+    monkeypatch.setattr(basin_run, "measure", refuse)
+    again = basin(model, loader(), config=short, out=out, quiet=True)
     assert again == first and (out / "report.md").exists()
     assert BasinReport.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     with pytest.raises(ValueError, match=r"lr \(0.01 there, 0.5 asked for\)"):
         basin(model, loader(), config=short, lr=0.5, out=out, quiet=True)
+    others = {"calibration": [data(8)], "test": [data()], "loss": CrossEntropy(0.1)}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=rf"recipe\.{name} \("):
+            basin(model, loader(), config=short, out=out, quiet=True, **{name: value})
+    with pytest.raises(ValueError, match=r"recipe\.loss \(.* there, '.*refuse' asked for\)"):
+        basin(model, loader(), config=short, loss=refuse, out=out, quiet=True)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"recipe\.model"):
         basin(net(0.1).append(nn.Linear(2, 2)), loader(), config=short, out=out, quiet=True)
     (out / "results.json").write_text('{"basin": {"home": 1}}')
@@ -284,6 +293,9 @@ def test_bad_input(model, tmp_path):
         ({"grid": "lsq"}, "grid must be one of minmax, mse, got 'lsq'"),
         ({"eps_absolute": -1.0}, "eps_absolute must be at least 0"),
         ({"profile_points": 1}, "profile_points must be at least 2, got 1"),
+        ({"eps_relative": math.inf}, "eps_relative must be at least 0 and finite, got inf"),
+        ({"eps_absolute": math.nan}, "eps_absolute must be at least 0 and finite, got nan"),
+        ({"slice_points": -1}, "slice_points must be 0, or at least 2, got -1"),
         ({"slice_points": 1}, "slice_points must be 0, or at least 2, got 1"),
     ],
 )

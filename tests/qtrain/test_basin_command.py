@@ -1,11 +1,14 @@
 """qtrain basin from a checkpoint, by the command line."""
 
 import json
+import shlex
 
 import pytest
 from PIL import Image
+from qtrain.basin_measure import BasinConfig
 from qtrain.basin_pictures import draw
-from qtrain.basin_run import read_report
+from qtrain.basin_run import BasinData, read_report
+from qtrain.basin_train import Schedule
 from qtrain.cli import app, basin
 from qtrain.loop import train
 from qtrain.recipe import Recipe, TrainConfig
@@ -50,9 +53,13 @@ def test_command(checkpoint, tmp_path):
     again = next(line for line in shown.splitlines() if line.startswith("Again: `qtrain basin"))
     before = (out / "results.json").read_bytes()
     # the command in the report is the one that made it: a finished run is read back
-    words = again.split("`")[1].split()[3:]
-    assert call(checkpoint, *words).exit_code == 0
-    assert (out / "results.json").read_bytes() == before
+    program, *words = shlex.split(again.split("`")[1])
+    assert program == "qtrain" and words[:2] == ["basin", str(checkpoint)]
+    made = (out / "w2" / "results.json").stat().st_mtime_ns
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert (out / "results.json").read_bytes() == before and "no option" not in shown
+    assert (out / "w2" / "results.json").stat().st_mtime_ns == made
     assert not list(out.rglob("*.part"))
 
 
@@ -105,3 +112,23 @@ def test_a_run_is_no_float_checkpoint(checkpoint, tmp_path):
     assert done.exit_code == 2 and "must be of a float model, got one of basin" in done.output
     done = call(checkpoint, "--out", out, "--bits", "3", *TINY)
     assert done.exit_code == 2 and "recipe.bits ([2] there, [3] asked for)" in done.output
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (BasinConfig, "profile_points", 2.5),
+        (BasinConfig, "slice_points", 2.5),
+        (BasinConfig, "slice_points", False),
+        (BasinConfig, "first_last_bits", 8.0),
+        (BasinConfig, "seed", 0.5),
+        (Schedule, "steps", 2.5),
+        (Schedule, "record_every", True),
+        (BasinData, "evaluation_images", 2.5),
+    ],
+)
+def test_whole_numbers(make, name, value):
+    with pytest.raises(TypeError, match=f"basin: {name} must be a whole number, got {value}"):
+        make(**{name: value})
+    with pytest.raises(TypeError, match=r"basin: bits must be a whole number, got 2\.5"):
+        BasinConfig(bits=(2.5,))

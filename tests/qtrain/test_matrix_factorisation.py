@@ -76,6 +76,8 @@ def test_command(tmp_path):
     assert done.exit_code == 0, done.output
     text = (out / "report.md").read_text()
     assert "do not compare" in text and (out / PICTURE).exists()
+    options = "--seeds 2 --rho 0.3 --float-steps 50 --qat-steps 20"
+    assert f"Again: `qtrain matrix-factorisation {options}`." in text
     before = (out / "results.json").read_bytes()
     assert CliRunner().invoke(app, words).exit_code == 0
     assert (out / "results.json").read_bytes() == before
@@ -90,6 +92,8 @@ def test_bad_settings_and_damaged_results(tmp_path):
     with pytest.raises(FloatingPointError, match="X must stay finite"):
         factorise(FactorisationConfig(float_lr=10.0, float_steps=50), 0)
     run_factorisation(SMALL, tmp_path, quiet=True)
+    missing = "--qat-steps 60`; it has no option for d 12, rank 2. Settings"
+    assert missing in (tmp_path / "report.md").read_text()
     (tmp_path / "results.json").write_text('{"seeds": [{}]}')
     with pytest.raises(ValueError, match=r"matrix-factorisation: .*results\.json must hold"):
         run_factorisation(SMALL, tmp_path, quiet=True)

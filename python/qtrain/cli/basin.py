@@ -172,7 +172,8 @@ def basin_study(
     Runs that are there already are read back, so that a study can be stopped and gone on with.
     """
     from ..adaround import AdaRound
-    from ..basin_study import CONFIG, claims, comparison, run_study, scores, settings_for
+    from ..basin_study import CONFIG, run_study, settings_for
+    from ..basin_study_report import claims, comparison, scores
     from ..report import rich_grid
     from ..study import accuracy_table
 
