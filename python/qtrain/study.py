@@ -7,12 +7,15 @@ named by the arm. So the difference of two arms is taken seed by seed.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -73,7 +76,7 @@ def run_all(
         raise ValueError(f"{label}: jobs must be at least 1, got {processes}")
     # spawned, not forked: a fork of a process whose OpenMP has threads can hang
     context = get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker)
     with Track(len(jobs), label) as track, pool:
         running = {pool.submit(work, job): job for job in jobs}
         try:
@@ -85,8 +88,18 @@ def run_all(
             raise
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A study that is killed leaves no worker behind: it would go on writing to a run directory
+    that the next call of the study writes to."""
+    parent = parent_process()
+    assert parent is not None, "a worker has a parent"
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
