@@ -17,6 +17,7 @@ from .blocks import find_blocks
 from .bwrf_config import BwrfConfig
 from .bwrf_run import Bwrf
 from .data import load_dataset
+from .dnq_run import DEEP_CNN
 from .loop import TrainResult, new_model, train
 from .progress import Track
 from .qat import Qat, qat_qconfig
@@ -32,7 +33,7 @@ TIME = "time.json"
 # hard pictures and a narrow net: where QAT loses nothing there is nothing to win
 HARD = {"difficulty": 0.7, "train_size": 2560}
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"model": "cnn"},
+    "digits": {"model": "cnn", "model_options": DEEP_CNN},
     "shapes": {"model": "resnet8", "model_options": {"width": 8}, "data_options": HARD},
 }
 
