@@ -176,6 +176,22 @@ def code_dtype(qmin: int, qmax: int) -> torch.dtype:
     return torch.int32
 
 
+def exact_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x), correctly rounded (in fp64 down to 1e-290). torch's own root need not be: with MKL 1
+    value in 100 is off by a unit, and what is drawn with it would differ from device to device."""
+    if x.dtype is not torch.float64:
+        return x.to(torch.float64).sqrt().to(x.dtype)
+    y = x.sqrt()
+    # y^2 = square + rest without error (Dekker 1971), then a step of Newton's method
+    upper = y * (2.0**27 + 1)
+    upper = upper - (upper - y)
+    lower = y - upper
+    square = y * y
+    rest = (upper * upper - square + 2.0 * upper * lower) + lower * lower
+    mended = y + (x - square - rest) / (2.0 * y)
+    return torch.where(mended.isfinite(), mended, y)
+
+
 def gate_threshold(p: float) -> int:
     """A gate is open where its 24-bit uniform is below this: with probability p."""
     return round(p * (1 << 24))

@@ -110,6 +110,21 @@ def test_against_fp64(backend: str, dtype: torch.dtype, clip: str, axis: int | N
         assert got.std.tolist() == numpy.sqrt(got.var.numpy()).tolist()  # numpy's is IEEE's
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_exact_root(dtype: torch.dtype) -> None:
+    """As many values as vector libraries take for many, over the exponents."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(50_000, generator=generator, dtype=torch.float64).mul(15).exp()
+    plain = torch.rand(50_000, generator=generator, dtype=torch.float64)
+    special = torch.tensor([0.0, 1.0, 4.0, math.inf, math.nan, -1.0])
+    x = torch.cat((spread, plain, special)).to(dtype)
+    got = numeric.exact_sqrt(x)
+    with numpy.errstate(invalid="ignore"):
+        want = torch.from_numpy(numpy.sqrt(x.numpy()))  # numpy's is IEEE's
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert torch.equal(got.isnan(), want.isnan())
+
+
 @row_of
 @pytest.mark.parametrize("n", (1, 2, 3, 63, 64, 65, 513, 1037, 40_001))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

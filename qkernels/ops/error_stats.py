@@ -24,9 +24,8 @@ class ErrorStats(NamedTuple):
 
     @property
     def std(self) -> Tensor:
-        """sqrt(var), correctly rounded: torch's own fp32 root need not be, and noise that is drawn
-        with it would differ from device to device."""
-        return self.var.to(torch.float64).sqrt().to(self.var.dtype)
+        """sqrt(var), correctly rounded."""
+        return numeric.exact_sqrt(self.var)
 
 
 def check_error_stats(

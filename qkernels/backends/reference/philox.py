@@ -26,6 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkernels import numeric
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
@@ -118,8 +120,7 @@ def radius(k: Tensor) -> Tensor:
     f = (bits - (e << 23)).view(torch.float32) - 1.0
     p = horner(LOG, f)
     ln = e.to(torch.float32) * fp32(LN2) + (f + f * f * p)
-    # by way of fp64 the root is correctly rounded; torch's own in fp32 need not be
-    return (ln * -2.0).to(torch.float64).sqrt().to(torch.float32)
+    return numeric.exact_sqrt(ln * -2.0)
 
 
 def turn(k: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,5 +130,5 @@ def lsq_scale(rows: Tensor, zp: Tensor, qmin: int, qmax: int, symmetric: bool) -
     """2 mean|x| / sqrt(Qp), Qp the codes on the larger side of zero (qmax when symmetric)."""
     qp = torch.full_like(zp, max(qmax, 1)) if symmetric else torch.maximum(qmax - zp, zp - qmin)
     mean = rows.abs().to(torch.float64).mean(1)
-    scale = 2.0 * mean / qp.to(torch.float64).sqrt()
+    scale = 2.0 * mean / numeric.exact_sqrt(qp.to(torch.float64))
     return scale.to(rows.dtype).clamp(min=numeric.smallest_scale(rows.dtype))
