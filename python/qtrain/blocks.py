@@ -10,18 +10,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 
-from .recipe import require
+from qkernels.nn.fold import TRACE_ERRORS
 
-# what Python and torch raise when a forward is run on torch.fx's stand-ins for tensors
-TRACE_ERRORS = (
-    fx.proxy.TraceError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-)
+from .recipe import require
 
 Stage = Callable[[Tensor], Tensor]
 

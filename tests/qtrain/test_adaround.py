@@ -395,10 +395,5 @@ def test_models_that_do_not_belong_together():
     dynamic = calibrated(model, QConfig.minmax(2, None), [x])
     with pytest.raises(ValueError, match=r"must keep the ranges .*dynamic one at '0'"):
         learn_rounding(model, dynamic, [x], SHORT)
-    for spec in (QuantSpec(4, kind="pact", learned=True), QuantSpec(4, kind="dorefa_weight")):
-        other = calibrated(model, QConfig(spec, None, first_last_bits=None), [x])
-        text = f"^adaround: weight quantizer of '0' must be of kind plain, got {spec.kind}$"
-        with pytest.raises(ValueError, match=text):
-            learn_rounding(model, other, [x], SHORT)
     kept = calibrated(model, keep_weight_ranges(QConfig.minmax(2, None)), [x])
     assert len(learn_rounding(model, kept, [x], AdaRound(iterations=1))) == 1

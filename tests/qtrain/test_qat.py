@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from qtrain.adaround import learn_rounding
 from qtrain.cli import app
 from qtrain.data import load_dataset
-from qtrain.loop import evaluate, new_model, train
-from qtrain.progress import Track
+from qtrain.loop import evaluate, new_model
 from qtrain.qat import METHODS, Qat, qat_qconfig
 from qtrain.recipe import Recipe, make_optimizer
 from qtrain.rundir import METRICS, MODEL, load_model_file
 from qtrain.source import FloatSource
-from test_quantize import CONFIG, QAT_CONFIG, Killed
+from test_quantize import CONFIG, QAT_CONFIG, Killed, run
 from typer.testing import CliRunner
 
 from qkernels.nn import (
@@ -22,6 +22,7 @@ from qkernels.nn import (
     PartialFakeQuantize,
     QConfig,
     QuantLayer,
+    QuantSpec,
     calibrate,
     float_state_dict,
     prepare,
@@ -31,11 +32,6 @@ from qkernels.nn import (
 NEW = [method for method in METHODS if method not in ("minmax", "lsq")]
 SHORT = replace(QAT_CONFIG, epochs=2, swa_start=0.5)
 LITTLE = {"widths": [4, 4, 8], "strides": [2, 1, 2]}
-
-
-def run(config, recipe, out):
-    with Track(1, "", quiet=True) as track:
-        return train(config, recipe, out, cpu=True, track=track)
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +200,15 @@ def test_the_command_takes_their_options(tmp_path, float_run):
     outcome = call("--method", "lsq", "--alpha-decay", 0.1, "--out", tmp_path / "bad")
     assert outcome.exit_code == 2 and not (tmp_path / "bad").exists()
     assert "error: qat: alpha_decay must be None unless method is pact, got 0.1" in outcome.stderr
+
+
+@pytest.mark.parametrize(("kind", "learned"), [("pact", True), ("dorefa_weight", False)])
+def test_adaround_learns_plain_kinds_alone(kind, learned):
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(8, 4)
+    weight = QuantSpec(4, kind=kind, learned=learned)
+    other = prepare(model, QConfig(weight, None, first_last_bits=None)).eval()
+    calibrate(other, [x])
+    with pytest.raises(
+        ValueError, match=f"^adaround: .* of '0' must be of kind plain, got {kind}$"
+    ):
+        learn_rounding(model, other, [x])
