@@ -2,7 +2,7 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn  # noqa: I001
+from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn, ghn_train  # noqa: I001
 from .app import app
 from .options import parse_settings
 
@@ -15,6 +15,7 @@ __all__ = [
     "error_model",
     "flatness",
     "ghn",
+    "ghn_train",
     "main",
     "parse_settings",
     "ptq",
