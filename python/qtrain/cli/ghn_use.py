@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from .app import app
-from .options import BatchSize, Cpu, FirstLast, Out, Overwrite, Seed, parse_settings, whole_numbers
+from .options import Cpu, FirstLast, Out, Overwrite, Seed, parse_settings, whole_numbers
 
 Images = Annotated[
     int | None,
@@ -58,7 +58,7 @@ def ghn_eval(
     range_images: Annotated[
         int | None, typer.Option(help="Of these, for ranges of layer inputs; else 512 at most.")
     ] = None,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of these images.")] = 256,
     jobs: Annotated[int, typer.Option(min=1, help="Networks at a time, one thread each.")] = 1,
     overwrite: Overwrite = False,
     cpu: Cpu = False,
@@ -145,8 +145,7 @@ def ghn_predict(
     strangers = sorted(set(options) - {"model_options", "data_options"})
     if strangers:
         raise ValueError(
-            "--set: it must be of model_options or data_options here, got "
-            f"{', '.join(strangers)}"
+            f"--set: it must be of model_options or data_options here, got {', '.join(strangers)}"
         )
     wanted = ModelToPredict(model.replace(":", "/", 1), dataset=dataset, **options)
     made = write_prediction(

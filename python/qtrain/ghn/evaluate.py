@@ -57,7 +57,7 @@ class EvalPlan:
             there are fewer.
         range_images: of these the first so many for the ranges of activations; None: 512, or all
             if there are fewer.
-        batch_size: of both.
+        batch_size: of both; a range by percentile or mse is the mean over the batches.
         seed: names the images, the widths of mixed precision, and the values of parameters that no
             GHN predicts.
 
@@ -72,7 +72,7 @@ class EvalPlan:
     percentile: float = 99.0
     batchnorm_images: int | None = None
     range_images: int | None = None
-    batch_size: int = 64
+    batch_size: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -287,9 +287,7 @@ def uniform(
         yield *way, {"test_loss": row.loss, "test_accuracy": row.accuracy}
 
 
-def mixed(
-    model: nn.Module, layers: LayerBits, ground: Ground, plan: EvalPlan
-) -> Iterator[Scored]:
+def mixed(model: nn.Module, layers: LayerBits, ground: Ground, plan: EvalPlan) -> Iterator[Scored]:
     """The layers in the widths given, the first and the last in those of the plan."""
     sound = finite_inside(model, ground.ranges)
     for method in plan.methods:
@@ -341,17 +339,16 @@ def node_bits(graph: Graph, layers: Mapping[str, int | None]) -> dict[str, int |
 
 @torch.no_grad()
 def finite_inside(model: nn.Module, batches: Sequence[Batch]) -> bool:
-    """Whether all that the modules take and give is finite; else ranges cannot be taken."""
+    """Whether the inputs of all layers and the logits are finite; else ranges cannot be taken."""
     found: list[Tensor] = []
 
-    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        values = (*inputs, output)
-        found.extend(v.isfinite().all() for v in values if isinstance(v, Tensor))
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0].isfinite().all())
 
-    handles = [module.register_forward_hook(look) for module in model.modules()]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
-        for x, _ in batches:
-            model(x)
+        found += [model(x).isfinite().all() for x, _ in batches]
     finally:
         for handle in handles:
             handle.remove()

@@ -84,12 +84,12 @@ def notes(ghn: Ghn, ground: Ground, plan: EvalPlan, scores: Sequence[NetScore]) 
         "inf; they count in the accuracies, not in the loss.",
     ]
     if "percentile" in plan.methods:
-        lines.append(f"percentile: from the {100 - plan.percentile:g}th to the "
-                     f"{plan.percentile:g}th of weights and inputs.")
+        low, high = 100 - plan.percentile, plan.percentile
+        lines.append(f"percentile: ranges from percentile {low:g} to {high:g}, weights' too.")
     if plan.mixed:
         lines.append(
-            f"{plan.mixed_name}: each layer but the first and the last draws its width, for weights "
-            "and inputs alike."
+            f"{plan.mixed_name}: each layer but the first and the last draws its width, for its "
+            "weight and its input alike."
         )
     if ghn.config.classes != ground.data.classes:
         lines.append(

@@ -102,9 +102,7 @@ def predicted_model(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     require(device.type != "meta", "model", "one with values", "one on the meta device", "ghn")
-    weights = predict(
-        model, ghn, bits=bits, example=example, graph=graph, noise=noise, seed=seed
-    )
+    weights = predict(model, ghn, bits=bits, example=example, graph=graph, noise=noise, seed=seed)
     model = copy.deepcopy(model)
     model.load_state_dict(weights, strict=False)
     if batches is not None:

@@ -12,7 +12,7 @@ import torch
 from ..data import Dataset, load_dataset
 from ..loop import evaluate
 from ..models import build_model
-from ..recipe import TrainConfig, require
+from ..recipe import require
 from ..rundir import write_model_file
 from ..seeds import keeping_globals, seed_globals
 from .evaluate import EvalPlan, Ground
@@ -51,8 +51,8 @@ class Written:
     """What `write_prediction` did.
 
     Attributes:
-        interpolated_from: the largest kernel that the GHN decodes, its height.
-        channels: the most output and input channels that it decodes.
+        channels: the most output and input channels that the GHN decodes; what is wider is tiled.
+        kernel: the largest that it decodes, k x k; what is larger is interpolated.
         images: training images that BatchNorm's statistics are of; 0: they are as in a new model.
         scores: on the dataset's test split, if there is a dataset.
     """
@@ -98,8 +98,8 @@ def write_prediction(
     free = overwrite or not out.exists()
     require(free, "out", "a new file", f"{out} (--overwrite replaces it)", "ghn-predict")
     require(not out.is_dir(), "out", "a file", f"the directory {out}", "ghn-predict")
-    digest = None if isinstance(ghn, Ghn) else ghn_digest(_existing(ghn))
-    ghn = as_ghn(ghn)
+    path, ghn = ghn, as_ghn(ghn)
+    digest = None if isinstance(path, Ghn) else ghn_digest(Path(path))
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     data: Dataset | None = None
     if wanted.dataset is not None:
@@ -108,12 +108,11 @@ def write_prediction(
     with keeping_globals():
         seed_globals(seed, 0, "init")
         model = build_model(wanted.model, **shape, options=wanted.model_options).to(device)
-    graph = build_graph(model, torch.zeros(1, shape["channels"], *[shape["size"]] * 2, device=device))
+    sides = shape["size"], shape["size"]
+    graph = build_graph(model, torch.zeros(1, shape["channels"], *sides, device=device))
     plan = EvalPlan(batchnorm_images=batchnorm_images, seed=seed)
     batches = None if data is None else Ground.of(data, plan).batchnorm
-    made = predicted_model(
-        model, ghn, batches, graph=graph, bits=bits, noise=noise, seed=seed
-    )
+    made = predicted_model(model, ghn, batches, graph=graph, bits=bits, noise=noise, seed=seed)
     scores = None if data is None else evaluate(made, data.test)
     images = sum(len(y) for _, y in batches or ())
     told = {"ghn": digest, "bits": bits, "noise": noise, "seed": seed, "batchnorm_images": images}
