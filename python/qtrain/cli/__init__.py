@@ -2,7 +2,7 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn, ghn_train  # noqa: I001
+from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn, ghn_train, ghn_use  # noqa: I001
 from .app import app
 from .options import parse_settings
 
@@ -16,6 +16,7 @@ __all__ = [
     "flatness",
     "ghn",
     "ghn_train",
+    "ghn_use",
     "main",
     "parse_settings",
     "ptq",

@@ -46,9 +46,7 @@ def ghn(
     ] = "none",
     bits: Annotated[
         str | None,
-        typer.Option(
-            help="Widths of weights and inputs, e.g. 8,4,2; each network draws one."
-        ),
+        typer.Option(help="Widths of weights and inputs, e.g. 8,4,2; each network draws one."),
     ] = None,
     tell_bits: Annotated[
         bool, typer.Option("--tell-bits", help="The GHN is told the width of each layer.")
@@ -69,6 +67,9 @@ def ghn(
     ] = False,
     nets: Annotated[int | None, typer.Option(min=1, help="Networks to draw from.")] = None,
     meta_batch: Annotated[int | None, typer.Option(min=1, help="Networks in a step.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="Networks of the evaluations during training.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times through the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -94,7 +95,7 @@ def ghn(
     options.update(train.pop("model_options", {}))
     if tell_bits:
         options["bit_widths"] = True
-    counts = {"nets": nets, "meta_batch": meta_batch}
+    counts = {"nets": nets, "meta_batch": meta_batch, "held_out": held_out}
     training = {
         **{key: value for key, value in counts.items() if value is not None},
         "norm": not no_norm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,9 +15,8 @@ from qkernels.nn import quantizable_layers
 from ..data import Dataset
 from ..recipe import require
 from .graph import Graph, build_graph
-from .networks import ConvSpec
 from .quantizers import InputQuantizer, Quantizer, hook_inputs
-from .space import Space, draw_net
+from .space import Space, draw_net, without_norm
 
 # skeletons and graphs of so many networks stay in memory (an adjacency is N x N)
 KEPT = 2048
@@ -67,12 +66,8 @@ class NetPool:
         self.get = lru_cache(KEPT)(self._make)
 
     def _make(self, index: int) -> TrainNet:
-        spec = draw_net(self.space, "train", self.seed, index).spec
-        if not self.norm:
-            rule = "true for a space without BatchNorm"
-            require(isinstance(spec, ConvSpec), "norm", rule, self.norm, "ghn")
-            assert isinstance(spec, ConvSpec), "for mypy"
-            spec = replace(spec, norm=False)
+        net = draw_net(self.space, "train", self.seed, index)
+        spec = (net if self.norm else without_norm(net)).spec
         with torch.device("meta"):
             skeleton: nn.Module = spec.build(*self.shape)
         return prepare_net(skeleton, self.quantizer)

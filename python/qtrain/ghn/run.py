@@ -9,6 +9,7 @@ from typing import Any
 from ..loop import TrainResult, train
 from ..progress import Track
 from ..recipe import TrainConfig, require
+from .quantizers import FLOAT_BITS
 from .train import GhnRecipe, GhnTraining, Start
 
 # GHN-3 as it was trained, and GHN-2 (with Adam, that is AdamW without decay)
@@ -70,7 +71,7 @@ def settings_for(
     how = GhnTraining(**{**chosen["training"], **(training or {})})
     if ghn.get("bit_widths") is True:
         require(bool(how.bits), "bits", "some to tell the GHN", "none", "ghn")
-        ghn["bit_widths"] = list(how.widths)
+        ghn["bit_widths"] = sorted(set(how.bits) - {FLOAT_BITS})
     options = {**chosen["ghn"], **ghn} if start is None else {**start.ghn.config.to_dict(), **ghn}
     encoder = options.get("encoder", "graphormer")
     given = {"clip": 5.0, **BY_ENCODER.get(encoder, {}), **chosen["train"], **(train or {})}

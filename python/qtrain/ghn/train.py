@@ -8,6 +8,7 @@ through the networks, the quantizers and the GHN. BatchNorm uses the statistics 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,16 +21,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Batch, Dataset
+from ..progress import Track
 from ..recipe import Recipe, TrainConfig, require
+from ..report import bits_name
 from ..rundir import MODEL, config_differences, file_digest
 from ..seeds import generator
 from .checkpoint import load_ghn
 from .config import GhnConfig
 from .embedding import Bits
+from .evaluate import EvalPlan, evaluate_networks, node_bits
+from .graph import Graph
 from .model import Ghn
 from .nets import NetPool, TrainNet
 from .quantizers import FLOAT_BITS, Place, Quantizer, layer_bits, quantize_weights
-from .space import space_named
+from .space import draw_nets, space_named, without_norm
 
 # a step counts as exploding when its loss is above so many times that of guessing, log(classes)
 EXPLODING = 3.0
@@ -52,7 +57,8 @@ class GhnTraining:
         penalty: of the sum of the norms of a network's predicted tensors; GHN-3 has 3e-5 (for the
             whole meta-batch there, for the mean over it here).
         max_skipped: steps whose gradient was not finite, before training gives up.
-        held_out: networks of the id split that the evaluations in training are of; 0: of none.
+        held_out: networks of the id split that the evaluations in training are of. Their scores are
+            after PTQ to the least of the bits, see `qtrain.ghn.evaluate`.
 
     Raises:
         TypeError, ValueError: a setting of another kind, or outside its range.
@@ -79,7 +85,7 @@ class GhnTraining:
             if kind is not None and type(value) is not kind:
                 raise TypeError(f"ghn: {setting.name} must be of {kind.__name__}, got {value!r}")
         space_named(self.space)
-        for name, least in (("meta_batch", 1), ("max_skipped", 0), ("held_out", 0)):
+        for name, least in (("meta_batch", 1), ("max_skipped", 0), ("held_out", 1)):
             value = getattr(self, name)
             require(value >= least, name, f"at least {least}", value, "ghn")
         rule = f"at least the meta_batch of {self.meta_batch}"
@@ -100,13 +106,6 @@ class GhnTraining:
         ends = self.first_last_bits
         inside = ends is None or 1 <= ends <= 16
         require(inside, "first_last_bits", "in 1..16 or None", ends, "ghn")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """All that a layer can have, save float."""
-        ends = self.first_last_bits or 0
-        found = {*self.bits, *(max(width, ends) for width in self.bits)}
-        return tuple(sorted(found - {FLOAT_BITS}))
 
     def describe(self) -> dict[str, Any]:
         """JSON-able; decides, with the configs, the result."""
@@ -159,10 +158,10 @@ class GhnRecipe(Recipe):
         rule = f"a multiple of {self.world} processes"
         split = training.meta_batch % self.world == 0
         require(split, "meta_batch", rule, training.meta_batch, "ghn")
-        self.tells = bool(settings.bit_widths)
-        unknown = set(training.widths) - set(settings.bit_widths)
-        rule = f"all of {training.widths}, which layers have, or none"
-        require(not (self.tells and unknown), "bit_widths", rule, settings.bit_widths, "ghn")
+        self.known_bits = settings.bit_widths
+        unknown = set(training.bits) - {FLOAT_BITS, *self.known_bits}
+        rule = f"all of {training.bits}, which are trained, or none"
+        require(not (self.known_bits and unknown), "bit_widths", rule, self.known_bits, "ghn")
         if self.start is not None:
             require_start(self.start.ghn.config, settings)
         self.pool = NetPool(
@@ -173,6 +172,8 @@ class GhnRecipe(Recipe):
             training.quantizer,
             norm=training.norm,
         )
+        nets = draw_nets(training.space, "id", training.net_seed, training.held_out, quiet=True)
+        self.held_out = nets if training.norm else [without_norm(net) for net in nets]
 
     def describe(self) -> dict[str, Any]:
         start = self.start and self.start.digest
@@ -218,7 +219,7 @@ class GhnRecipe(Recipe):
         places = [Place(self.config.seed, step, index) for index, _, _ in chosen]
         predictions = model(
             [net.graph for net in nets],
-            bits=[self.told(layers) for layers in widths],
+            bits=[self.told(n.graph, layers) for n, layers in zip(nets, widths, strict=True)],
             skeletons=[net.skeleton for net in nets],
         )
         quantized = quantize_weights(predictions, widths, self.training.quantizer, places)
@@ -238,13 +239,16 @@ class GhnRecipe(Recipe):
             mean = mean + self.training.penalty * torch.stack(sizes).sum() / len(nets)
         return mean
 
-    def told(self, layers: Mapping[str, int]) -> Bits:
-        """What the GHN is told of a network's widths: layers that stay float are not named."""
-        return (
-            None
-            if not self.tells
-            else {name: bits for name, bits in layers.items() if bits < FLOAT_BITS}
-        )
+    def told(self, graph: Graph, layers: Mapping[str, int]) -> Bits:
+        """What the GHN is told: the width of the network, or that of each layer where they differ
+        (the first and the last apart, whose rule is the same for all)."""
+        if not self.known_bits:
+            return None
+        middle = set(list(layers.values())[1:-1])
+        told = {name: bits if bits in self.known_bits else None for name, bits in layers.items()}
+        if len(middle) > 1:
+            return node_bits(graph, told)
+        return next((bits for bits in middle if bits in self.known_bits), None)
 
     def _watch(self, loss: Tensor) -> None:
         """Count exploding steps, without waiting for the device."""
@@ -269,6 +273,29 @@ class GhnRecipe(Recipe):
                 f"(max_skipped), got one more; try a smaller lr, or another quantizer"
             )
         return False
+
+    def scores(self, model: nn.Module, step: int) -> dict[str, float]:
+        """The mean over the held-out networks, the same on all ranks: each evaluates all of them.
+        The loss is that of those whose logits are finite."""
+        assert isinstance(model, Ghn), "what `build` made"
+        training = self.training
+        bits = tuple(width for width in (min(training.bits, default=FLOAT_BITS),) if width <= 16)
+        quantizer = training.quantizer
+        plan = EvalPlan(
+            bits=bits,
+            methods=(quantizer.method,),
+            first_last_bits=training.first_last_bits,
+            percentile=quantizer.percentile or EvalPlan.percentile,
+        )
+        quiet = Track(0, "", quiet=True)
+        found = evaluate_networks(model, self.held_out, self.data, plan, track=quiet)
+        last = bits_name((bits[0], bits[0])) if bits else "FP32"
+        rows = [score for score in found if score.bits == last]
+        losses = [score.loss for score in rows if score.loss is not None]
+        return {
+            "test_loss": statistics.fmean(losses) if losses else math.inf,
+            "test_accuracy": statistics.fmean(score.accuracy for score in rows),
+        }
 
     def counts(self) -> dict[str, int]:
         return {"skipped": self.skipped, "exploded": int(self.exploded)}
