@@ -181,4 +181,4 @@ def ghn_predict(
 def listed(names: Sequence[str], most: int = 4) -> str:
     """How many, and the first of them."""
     rest = ", .." if len(names) > most else ""
-    return f"{len(names)}, {', '.join(names[:most])}{rest}"
+    return f"{len(names)} ({', '.join(names[:most])}{rest})"
