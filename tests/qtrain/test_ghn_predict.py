@@ -261,7 +261,7 @@ def test_command_with_a_dataset(tmp_path, checkpoint):
     assert meta["scores"] == scores
     assert f"float test accuracy: {100 * scores['test_accuracy']:.1f} %" in done.output
     assert "statistics of 100 training images of digits" in done.output
-    assert "tiled (channels repeat from 4 x 4 on): 4, features.1.0.weight" in done.output
+    assert "tiled (channels repeat from 4 x 4 on): 4 (features.1.0.weight, " in done.output
     # and ptq and qat start from it
     source = FloatSource.load(out)
     result = run_ptq(source, ptq_qconfig("minmax", 8, 8), tmp_path / "ptq", PtqOptions(64))

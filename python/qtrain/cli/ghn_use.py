@@ -59,7 +59,7 @@ def ghn_eval(
         int | None, typer.Option(help="Of these, for ranges of layer inputs; else 512 at most.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of these images.")] = 256,
-    jobs: Annotated[int, typer.Option(min=1, help="Networks at a time, one thread each.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Networks at a time, on the CPU.")] = 1,
     overwrite: Overwrite = False,
     cpu: Cpu = False,
 ) -> None:
@@ -181,4 +181,4 @@ def ghn_predict(
 def listed(names: Sequence[str], most: int = 4) -> str:
     """How many, and the first of them."""
     rest = ", .." if len(names) > most else ""
-    return f"{len(names)}, {', '.join(names[:most])}{rest}"
+    return f"{len(names)} ({', '.join(names[:most])}{rest})"

@@ -42,9 +42,13 @@ class SplitScore:
 
     def cells(self) -> tuple[str, ...]:
         """What stands in the table, in the order of ``COLUMNS``."""
-        accuracies = (f"{100 * value:.1f}" for value in (self.mean, self.sd, self.best))
+        accuracies = (_text(100 * value, 1) for value in (self.mean, self.sd, self.best))
         lost = str(self.not_finite) if self.not_finite else "-"
-        return (self.split, self.bits, self.method or "-", *accuracies, f"{self.loss:.3f}", lost)
+        return self.split, self.bits, self.method or "-", *accuracies, _text(self.loss, 3), lost
+
+
+def _text(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def summarise(scores: Sequence[NetScore]) -> list[SplitScore]:

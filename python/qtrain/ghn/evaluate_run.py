@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data import load_dataset
+from ..data import Dataset, load_dataset
 from ..progress import Track
 from ..recipe import require
 from ..report import REPORT, RESULTS, markdown_grid, reading_results
@@ -102,9 +101,7 @@ def drawn(
     """
     known = space_named(space).splits
     splits = [split for split in known if split != "train"] if splits is None else list(splits)
-    for split in splits:
-        require(split in known, "split", f"one of {', '.join(known)} in {space}", split, "ghn-eval")
-    require(len(set(splits)) == len(splits), "split", "each once", ", ".join(splits), "ghn-eval")
+    _check_splits(splits, known, space)
     count = NETS if count is None else count
     require(count >= 1, "nets", "at least 1", count, "ghn-eval")
     nets = [net for split in splits for net in draw_nets(space, split, seed, count)]
@@ -131,18 +128,29 @@ def from_file(
     by_split: dict[str, list[Net]] = {}
     for net in read_nets(path):
         by_split.setdefault(net.split, []).append(net)
-    for split in splits or ():
-        rule = f"one of {', '.join(by_split)} in {path}"
-        require(split in by_split, "split", rule, split, "ghn-eval")
     chosen = list(by_split) if splits is None else list(splits)
+    _check_splits(chosen, by_split, str(path))
     nets = [net for split in chosen for net in by_split[split][:count]]
     described = {"file": file_digest(Path(path)), "splits": chosen, "count": count}
     return Nets(tuple(nets), described)
 
 
+def _check_splits(splits: Sequence[str], known: Iterable[str], where: str) -> None:
+    for split in splits:
+        require(split in known, "split", f"one of {', '.join(known)} in {where}", split, "ghn-eval")
+    require(len(set(splits)) == len(splits), "split", "each once", ", ".join(splits), "ghn-eval")
+
+
+def _check_sizes(nets: Sequence[Net], data: Dataset) -> None:
+    """Raises: ValueError if a kind of network cannot be built for images of this size."""
+    with torch.device("meta"):
+        for net in {type(net.spec): net for net in nets}.values():
+            net.build(data.channels, data.classes, data.size)
+
+
 @dataclass(frozen=True)
 class Job:
-    """A network to evaluate, with all that a process needs for it."""
+    """A network to evaluate, with all that a process of its own needs for it."""
 
     number: int
     net: Net
@@ -150,21 +158,17 @@ class Job:
     dataset: str
     data_options: str  # as JSON
     plan: EvalPlan
-    device: str
 
 
 @lru_cache(maxsize=1)
-def _prepared(
-    source: str, dataset: str, data_options: str, plan: EvalPlan, device: str
-) -> tuple[Ghn, Ground]:
-    """Read once in a process, and used for all of its networks."""
-    data = load_dataset(dataset, json.loads(data_options)).to(torch.device(device))
-    return as_ghn(source).to(device), Ground.of(data, plan)
+def _read(source: str, dataset: str, data_options: str, plan: EvalPlan) -> tuple[Ghn, Ground]:
+    """Once in a process, for all of its networks."""
+    data = load_dataset(dataset, json.loads(data_options))
+    return as_ghn(source), Ground.of(data, plan)
 
 
 def _work(job: Job) -> list[NetScore]:
-    given = job.source, job.dataset, job.data_options, job.plan, job.device
-    ghn, ground = _prepared(*given)
+    ghn, ground = _read(job.source, job.dataset, job.data_options, job.plan)
     return score_net(ghn, job.net, ground, job.plan)
 
 
@@ -195,12 +199,11 @@ def run_evaluation(
     plan = plan or EvalPlan()
     require(jobs >= 1, "jobs", "at least 1", jobs, "ghn-eval")
     device = "cuda" if torch.cuda.is_available() and not cpu and jobs == 1 else "cpu"
-    options = json.dumps(dict(source.data_options), sort_keys=True)
     # all that can be refused is refused here, before anything is written
-    given = str(source.path), source.dataset, options, plan, device
-    _prepared.cache_clear()  # the file may be another one by now
-    ghn, ground = _prepared(*given)
+    data = load_dataset(source.dataset, source.data_options).to(torch.device(device))
+    ghn, ground = as_ghn(source.path).to(device), Ground.of(data, plan)
     plan.check(ghn)
+    _check_sizes(nets.nets, data)
     described = {
         "recipe": {"name": "ghn-eval", "source": source.digest, **plan.describe()},
         "nets": nets.described,
@@ -211,9 +214,11 @@ def run_evaluation(
     if run.file(RESULTS).exists() and not overwrite:
         return read_scores(run.path)
     run.create()
-    done = _finished(run, len(nets.nets))
+    done = _finished(run)
+    options = json.dumps(dict(source.data_options), sort_keys=True)
+    given = str(source.path), source.dataset, options, plan
     todo = [Job(n, net, *given) for n, net in enumerate(nets.nets) if n not in done]
-    for job, scores in _each(todo, jobs, device):
+    for job, scores in _here(todo, ghn, ground) if jobs == 1 else _elsewhere(todo, jobs):
         done[job.number] = scores
         run.append({"net": job.number, "scores": [asdict(score) for score in scores]})
     found = [score for number in sorted(done) for score in done[number]]
@@ -227,7 +232,7 @@ def read_scores(path: str | Path) -> list[NetScore]:
         return [NetScore(**score) for score in results["scores"]]
 
 
-def _finished(run: RunDir, count: int) -> dict[int, list[NetScore]]:
+def _finished(run: RunDir) -> dict[int, list[NetScore]]:
     """The networks that a stopped run had done. A line that was cut off goes."""
     records = run.metrics()
     lines = [json.dumps(record).encode() + b"\n" for record in records]
@@ -235,28 +240,26 @@ def _finished(run: RunDir, count: int) -> dict[int, list[NetScore]]:
     return {r["net"]: [NetScore(**score) for score in r["scores"]] for r in records}
 
 
-@contextmanager
-def _one_thread(device: str) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+Done = Iterator[tuple[Job, list[NetScore]]]
 
 
-def _each(todo: Sequence[Job], jobs: int, device: str) -> Iterator[tuple[Job, list[NetScore]]]:
-    if jobs > 1:
-        yield from run_all(todo, _work, label="networks", processes=min(jobs, max(1, len(todo))))
-        return
+def _elsewhere(todo: Sequence[Job], jobs: int) -> Done:
+    return run_all(todo, _work, label="networks", processes=max(1, min(jobs, len(todo))))
+
+
+def _here(todo: Sequence[Job], ghn: Ghn, ground: Ground) -> Done:
     # cuDNN's autotuner may choose another algorithm the next time, and with it other bits
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    with _one_thread(device), Track(len(todo), "networks") as track:
-        for job in todo:
-            yield job, _work(job)
-            track.advance(note=f"{job.net.split} {job.net.index}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes of `run_all`
+    try:
+        with Track(len(todo), "networks") as track:
+            for job in todo:
+                yield job, score_net(ghn, job.net, ground, job.plan)
+                track.advance(note=f"{job.net.split} {job.net.index}")
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write(
