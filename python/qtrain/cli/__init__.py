@@ -2,7 +2,20 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn, ghn_train, ghn_use  # noqa: I001
+from . import (
+    basin,
+    bias_toy,
+    bwrf,
+    dnq,
+    error_model,
+    flatness,
+    ghn,
+    ghn_study,
+    ghn_train,
+    ghn_use,
+    ptq,
+    train,
+)
 from .app import app
 from .options import parse_settings
 
@@ -15,6 +28,7 @@ __all__ = [
     "error_model",
     "flatness",
     "ghn",
+    "ghn_study",
     "ghn_train",
     "ghn_use",
     "main",

@@ -89,7 +89,12 @@ def ghn_digest(path: Path) -> str:
 
 
 def drawn(
-    space: str, splits: Sequence[str] | None = None, *, count: int | None = None, seed: int = 1
+    space: str,
+    splits: Sequence[str] | None = None,
+    *,
+    count: int | None = None,
+    seed: int = 1,
+    quiet: bool = False,
 ) -> Nets:
     """``count`` (None: 50) networks of each split of a space.
 
@@ -104,7 +109,7 @@ def drawn(
     _check_splits(splits, known, space)
     count = NETS if count is None else count
     require(count >= 1, "nets", "at least 1", count, "ghn-eval")
-    nets = [net for split in splits for net in draw_nets(space, split, seed, count)]
+    nets = [net for split in splits for net in draw_nets(space, split, seed, count, quiet=quiet)]
     return Nets(tuple(nets), {"space": space, "splits": splits, "count": count, "seed": seed})
 
 
@@ -181,6 +186,7 @@ def run_evaluation(
     jobs: int = 1,
     overwrite: bool = False,
     cpu: bool = False,
+    quiet: bool = False,
 ) -> list[NetScore]:
     """Evaluate a GHN on networks, and leave config, metrics, results, picture and report in
     ``out``.
@@ -191,6 +197,7 @@ def run_evaluation(
     Args:
         jobs: networks at a time, in processes of their own on the CPU; 1: in this one.
         cpu: stay on the CPU.
+        quiet: show no progress.
 
     Raises:
         ValueError: ``out`` holds another config; a damaged checkpoint; bits that the GHN does not
@@ -254,7 +261,7 @@ def _here(todo: Sequence[Job], ghn: Ghn, ground: Ground) -> Done:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes of `run_all`
     try:
-        with Track(len(todo), "networks") as track:
+        with Track(len(todo), "networks", quiet=quiet) as track:
             for job in todo:
                 yield job, score_net(ghn, job.net, ground, job.plan)
                 track.advance(note=f"{job.net.split} {job.net.index}")
