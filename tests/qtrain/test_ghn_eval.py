@@ -43,7 +43,7 @@ def ground(data):
 
 
 def by_hand(ghn, net, data, bits=None):
-    """A network with predicted weights and BatchNorm statistics of 96 images; and the images for ranges."""
+    """(a network with predicted weights and BatchNorm statistics, the images for ranges)."""
     model = net.build(1, 10, 8)
     (weights,) = ghn.predict([build_graph(model)], bits=bits, skeletons=[model])
     model.load_state_dict({k: v.detach() for k, v in weights.items()}, strict=False)

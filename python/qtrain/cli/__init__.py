@@ -2,19 +2,19 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import (
-    basin,
-    bias_toy,
-    bwrf,
+from . import (  # noqa: I001
+    train,
+    ptq,
     dnq,
     error_model,
+    bias_toy,
     flatness,
-    ghn,
-    ghn_study,
+    bwrf,
+    basin,
     ghn_train,
     ghn_use,
-    ptq,
-    train,
+    ghn,
+    ghn_study,
 )
 from .app import app
 from .options import parse_settings

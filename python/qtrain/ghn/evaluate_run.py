@@ -225,7 +225,7 @@ def run_evaluation(
     options = json.dumps(dict(source.data_options), sort_keys=True)
     given = str(source.path), source.dataset, options, plan
     todo = [Job(n, net, *given) for n, net in enumerate(nets.nets) if n not in done]
-    for job, scores in _here(todo, ghn, ground) if jobs == 1 else _elsewhere(todo, jobs):
+    for job, scores in _here(todo, ghn, ground, quiet) if jobs == 1 else _elsewhere(todo, jobs):
         done[job.number] = scores
         run.append({"net": job.number, "scores": [asdict(score) for score in scores]})
     found = [score for number in sorted(done) for score in done[number]]
@@ -254,7 +254,7 @@ def _elsewhere(todo: Sequence[Job], jobs: int) -> Done:
     return run_all(todo, _work, label="networks", processes=max(1, min(jobs, len(todo))))
 
 
-def _here(todo: Sequence[Job], ghn: Ghn, ground: Ground) -> Done:
+def _here(todo: Sequence[Job], ghn: Ghn, ground: Ground, quiet: bool) -> Done:
     # cuDNN's autotuner may choose another algorithm the next time, and with it other bits
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -210,8 +210,8 @@ def _write(out: Path, curves: Sequence[Curve], plan: Plan) -> None:
     plot(out / PICTURE, curves)
     text = f"""# QAT from predicted weights: {plan.qat.model} on {plan.qat.dataset}, {plan.method}
 
-Seeds {", ".join(map(str, seeds))}; evaluated every {curves[0].points[0][0]} steps. noise: {plan.noise:g} of each weight's
-standard deviation.
+Seeds {", ".join(map(str, seeds))}; evaluated every {curves[0].points[0][0]} steps. noise:
+{plan.noise:g} of each weight's standard deviation.
 
 {markdown_grid(*table(curves, plan.goals), left=2)}
 ![test accuracy by steps]({PICTURE})
