@@ -43,7 +43,7 @@ def ground(data):
 
 
 def by_hand(ghn, net, data, bits=None):
-    """(a network with predicted weights and BatchNorm statistics, the images for ranges)."""
+    """A network with predicted weights and statistics of 96 images, and the images for ranges."""
     model = net.build(1, 10, 8)
     (weights,) = ghn.predict([build_graph(model)], bits=bits, skeletons=[model])
     model.load_state_dict({k: v.detach() for k, v in weights.items()}, strict=False)
@@ -136,12 +136,19 @@ def test_mixed_precision_is_told_layer_by_layer(data, ground):
     assert told_bits(skeleton, layers, knowing, plan) == {first: 8, **layers, last: 8}
     bits = node_bits(graph, told)
     assert bits.keys() == {node.name for node in graph.nodes}
+    assert bits[graph.nodes[0].name] == told[first]
     for row, node in enumerate(graph.nodes):
         if node.name in told:
             assert bits[node.name] == told[node.name]
-        elif node.primitive == "bn":  # of the convolution in front
-            (source,) = (graph.adjacency[:, row] == 1).nonzero().flatten().tolist()
-            assert bits[node.name] == told[graph.nodes[source].name]
+        elif row:  # as the latest that it reads: a norm as its convolution
+            source = (graph.adjacency[:, row] == 1).nonzero().max()
+            assert bits[node.name] == bits[graph.nodes[source].name]
+    joined = [row for row, node in enumerate(graph.nodes) if node.primitive in ("sum", "concat")]
+    widths = [
+        {bits[graph.nodes[i].name] for i in range(row) if graph.adjacency[i, row] == 1}
+        for row in joined
+    ]
+    assert any(len(w) > 1 for w in widths)
     # the weights are those for that mapping
     model, images = by_hand(ghn, net, data, bits)
     overrides = {name: ptq_qconfig("minmax", b, b) for name, b in layers.items()}

@@ -300,7 +300,7 @@ class Untraceable(nn.Module):
 
     def forward(self, x):
         y = self.conv(x)
-        return y if float(y.sum()) > 0 else -y
+        return y if float(y.detach().sum()) > 0 else -y
 
 
 class WithoutPrimitive(nn.Module):
