@@ -105,7 +105,7 @@ def test_tables_by_hand():
     found = [
         outcome("a", 0, {("FP32", ""): [0.5, 0.7], way: [0.2, 0.4]}),
         outcome("a", 1, {("FP32", ""): [0.8, 0.8], way: [0.3, 0.3]}),
-        outcome("b", 0, {("FP32", ""): [0.7, 0.7], way: [0.5, 0.3]}, skipped=2, loss=2.0),
+        outcome("b", 0, {("FP32", ""): [0.7, 0.9], way: [0.5, 0.3]}, skipped=2, loss=2.0),
         outcome("b", 1, {("FP32", ""): [0.7, 0.7], way: [0.3, 0.3]}, highest=9.0),
     ]
     columns, rows = accuracy_table(found, "id")
@@ -113,7 +113,7 @@ def test_tables_by_hand():
     assert rows[0] == ["a", "70.0 ± 14.1 / 80.0", "30.0 ± 0.0 / 40.0"]
     columns, rows = difference_table(found, "id")
     assert columns[0] == "minus a"
-    assert rows == [["b", "+0.0 ± 14.1 (1 of 2)", "+5.0 ± 7.1 (1 of 2)"]]
+    assert rows == [["b", "+5.0 ± 21.2 (1 of 2)", "+5.0 ± 7.1 (1 of 2)"]]
     assert training_table(found)[1][1] == ["b", "7", "1.500 ± 0.707", "9.00", "2, 0", "0, 0"]
 
 
