@@ -1,10 +1,12 @@
 """Studies of GHNs: what they train, what they read back, and their tables."""
 
 import math
+import statistics
 
 import pytest
 import torch
 from qtrain.data import load_dataset
+from qtrain.ghn import weights_study
 from qtrain.ghn.evaluate import EvalPlan, NetScore
 from qtrain.ghn.prediction import predict
 from qtrain.ghn.start_study import Curve, arms_of, default_qat, run_starts
@@ -19,6 +21,8 @@ from qtrain.ghn.study_report import (
 )
 from qtrain.recipe import new_model
 from qtrain.rundir import MODEL, load_model_file, read_json
+
+import qkernels
 
 TINY = {"width": 16, "heads": 2, "layers": 1, "max_shape": [8, 8, 3, 3]}
 PLAN = Plan(
@@ -81,6 +85,34 @@ def test_qat_from_predicted_weights_shares_the_runs(studied):
     first = "features.0.0.weight"
     assert not torch.equal(starts["random-0"][first], starts["q-0"][first])
     assert (out / "start" / "report.md").exists()
+
+
+def test_weights_beside_random_ones(studied, monkeypatch):
+    out, _ = studied
+    sources = {"torch's default": None, "He, normal": None, "GHN-Q": "q"}
+    monkeypatch.setattr(weights_study, "SOURCES", sources)
+    shapes = {s.source: s for s in weights_study.run_weights(PLAN, out, seeds=range(1), jobs=1)}
+    he, default = shapes["He, normal"], shapes["torch's default"]
+    # torch's default is uniform, of variance 1 / (3 fan_in)
+    assert statistics.median(he.size) == pytest.approx(1, abs=0.1)
+    assert statistics.median(default.size) == pytest.approx(6**-0.5, abs=0.05)
+    assert statistics.median(default.tails) == pytest.approx(-1.2, abs=0.2)
+    assert statistics.median(he.noise[4]) > statistics.median(default.noise[4])
+    assert len(shapes["GHN-Q"].size) == len(he.size) == len(default.size)
+    assert (out / "weights" / "weights.png").stat().st_size > 10_000
+
+
+def test_a_layer_by_hand():
+    shape = weights_study.Shape("by hand")
+    w = torch.tensor([[-0.5, 0.25, 0.5], [1.0, -0.75, -0.5]])
+    shape.add([w])
+    mean_square = w.square().mean().item()
+    assert shape.size == [pytest.approx(mean_square**0.5 / (2 / 3) ** 0.5)]
+    assert shape.peak == [pytest.approx(1 / mean_square**0.5)]
+    rounded = qkernels.fake_quant(w, bits=2, axis=0, symmetric=True)
+    share = (rounded - w).square().mean().item() / mean_square
+    assert shape.noise[2] == [pytest.approx(10 * math.log10(share))]
+    assert shape.counts.sum() == 6
 
 
 def test_waves_come_after_what_they_start_from():

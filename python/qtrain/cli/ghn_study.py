@@ -1,4 +1,4 @@
-"""ghn-study and ghn-start: a GHN and its variants over seeds."""
+"""ghn-study, ghn-start and ghn-weights: a GHN and its variants over seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from .app import app
 from .options import Set, parse_settings, whole_numbers
 
-Out = Annotated[Path, typer.Option(help="Directory of the runs; ghn-study and ghn-start share it.")]
+Out = Annotated[Path, typer.Option(help="Directory of the runs; these commands share it.")]
 Preset = Annotated[str, typer.Option(help="digits, shapes or paper.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many: 0, 1, ..")]
 Epochs = Annotated[
@@ -105,3 +105,27 @@ def ghn_start(
     curves = run_starts(plan, out, seeds=range(seeds), jobs=jobs)
     Console().print(rich_grid(*table(curves, plan.goals), "QAT by its start", left=2))
     typer.echo(f"{out}/start/report.md")
+
+
+@app.command("ghn-weights")
+def ghn_weights(
+    out: Out = Path("runs/ghn-study"),
+    preset: Preset = "digits",
+    seeds: Seeds = 3,
+    epochs: Epochs = None,
+    tuning_epochs: Tuning = None,
+    lr: Rate = None,
+    nets: Annotated[int, typer.Option(min=1, help="Networks of the id split.")] = 20,
+    set_: Set = None,
+    jobs: Jobs = 2,
+) -> None:
+    """How weights of GHN-Q and GHN-QAT are distributed, beside random ones."""
+    from dataclasses import replace
+
+    from ..ghn.weights_study import run_weights, table
+    from ..report import rich_grid
+
+    plan = replace(_plan(preset, epochs, tuning_epochs, lr, set_), nets=nets)
+    shapes = run_weights(plan, out, seeds=range(seeds), jobs=jobs)
+    Console().print(rich_grid(*table(shapes), "weights by layer: median (quartiles)", left=1))
+    typer.echo(f"{out}/weights/report.md")
