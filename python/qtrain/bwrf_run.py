@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from .bwrf import BlockReplacement
 from .bwrf_config import BwrfConfig
 from .data import Batch, Dataset, batch_count
 from .qat import Qat
-from .recipe import TrainConfig, require
+from .recipe import TrainConfig, autocast, require
 from .source import FloatSource
 
 
@@ -87,11 +86,3 @@ class Bwrf(Qat):
             loss, parts = self.bwrf.loss(x, y, step=step, progress=step / self.steps, model=model)
         self.part_values = [parts[name] for name in self.parts]
         return loss
-
-
-def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """What Accelerate puts round a model's forward, for the blocks that run outside of it."""
-    if mixed_precision == "no":
-        return nullcontext()
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
-    return torch.autocast(device.type, dtype)

@@ -40,25 +40,22 @@ def train_step(
     *,
     backward: Callable[[Tensor], None] = Tensor.backward,
     clip: Callable[[], Tensor] | None = None,
-    scaled: bool = False,
 ) -> Tensor | None:
     """Forward, backward and update; returns the detached loss, or None if the recipe refused the
     step. Reads nothing back, unless the recipe does.
 
     Args:
         clip: clips the gradients and returns the norm that they had.
-        scaled: the optimizer is one with a scaler of the loss (fp16). It does not move where a
-            gradient is not finite, but must be called, or the scale would never become smaller.
     """
     optimizer.zero_grad()
     with recipe.perturbation(step):
         loss = recipe.loss(model, batch, step)
         backward(loss)
     norm = clip() if clip is not None else None
-    accepted = recipe.accepts(loss.detach(), norm)
-    if accepted or scaled:
-        optimizer.step()
-    return loss.detach() if accepted else None
+    if not recipe.accepts(loss.detach(), norm):
+        return None
+    optimizer.step()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -223,11 +220,20 @@ class Loop:
             self.step = saved["step"]
             if self.step == self.total:
                 self.scores = self.run.finished_scores()
-            self.loss_sum.copy_(saved["loss_sum"])
+            if self.step < self.total:
+                self._restore_sum(saved["loss_sum"])
             if self.average is not None:
                 self.average.load_state_dict(saved["average"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+    def _restore_sum(self, saved: Tensor) -> None:
+        if saved.shape != self.loss_sum.shape:
+            raise ValueError(
+                f"checkpoint: {self.run.path} must be of this version of qtrain, got one that logs "
+                "in another way; start afresh with --overwrite"
+            )
+        self.loss_sum.copy_(saved)
 
     def run_steps(self, bar: Track) -> None:
         config, accelerator = self.config, self.accelerator
@@ -265,7 +271,6 @@ class Loop:
             self.optimizer,
             backward=accelerator.backward,
             clip=self._clip if config.clip else None,
-            scaled=accelerator.scaler is not None,
         )
         if loss is not None:
             self.loss_sum += torch.stack([torch.ones_like(loss), loss, *self.recipe.part_values])

@@ -234,3 +234,11 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     if config.schedule == "steps":
         return config.lr * 0.1 ** sum(step >= share * total for share in DROPS)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+
+
+def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What Accelerate puts round a model's forward, for what a recipe runs outside of it."""
+    if mixed_precision == "no":
+        return nullcontext()
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    return torch.autocast(device.type, dtype)

@@ -185,6 +185,10 @@ def plot_accuracy(path: Path, rows: list[Row]) -> None:
 def _layer_bits(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
     """Bits of weights and activations in a run's config; 32 where a side stays float."""
     qconfig = recipe.get("qconfig")
+    if recipe.get("name") == "ghn" and recipe["training"]["bits"]:
+        # of the networks that it is scored on
+        least = min(recipe["training"]["bits"])
+        return least, least
     if qconfig is None:
         return None
     weight, activation = (

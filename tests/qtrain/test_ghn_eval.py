@@ -13,11 +13,10 @@ from qtrain.ghn.evaluate import (
     NetScore,
     drawn_bits,
     evaluate_networks,
-    layer_names,
     materialize,
     node_bits,
     score_net,
-    told_bits,
+    told,
 )
 from qtrain.ghn.evaluate_report import plot_histograms, summarise, table
 from qtrain.ghn.genotype import Draw
@@ -54,7 +53,9 @@ def by_hand(ghn, net, data, bits=None):
 
 def quantized_by_hand(model, images, data, method, bits, **changes):
     share = 99.0 if method == "percentile" else None
-    config = ptq_qconfig(method, bits, bits, percentile=share, first_last_bits=8)
+    weight = "minmax" if method == "percentile" else None
+    how = {"weight_method": weight, "percentile": share, "first_last_bits": 8}
+    config = ptq_qconfig(method, bits, bits, **how)
     config = replace(config, **changes)
     folded = fold_batchnorm(model)
     return evaluate(quantize_after_training(folded, config, images, fold=False), data.test)
@@ -103,14 +104,15 @@ def test_mixed_precision_gives_each_layer_its_bits(data, ground):
     model, images = by_hand(ghn, net, data)
     layers = drawn_bits(model, net, plan)
     names = [n for n, m in fold_batchnorm(model).named_modules() if isinstance(m, LAYERS)]
-    assert list(layers) == names[1:-1] and set(layers.values()) == {2, 4, 8}
+    assert list(layers) == names and set(layers.values()) == {2, 4, 8}
     draw = Draw(5, 1, "mixed/digits/id/1")
-    assert list(layers.values()) == [draw.pick((2, 4, 8)) for _ in layers]
+    middle = [draw.pick((2, 4, 8)) for _ in names[1:-1]]
+    assert list(layers.values()) == [8, *middle, 8]
     prepared = prepare(fold_batchnorm(model), plan.qconfig("minmax", 8, layers))
     found = {n: m for n, m in prepared.named_modules() if isinstance(m, QuantLayer)}
     for name, layer in found.items():
         for quantizer in (layer.weight_fake_quant, layer.input_fake_quant):
-            assert quantizer.spec.bits == layers.get(name, 8)
+            assert quantizer.spec.bits == layers[name]
     before, row = score_net(ghn, net, ground, plan)
     assert (before.bits, row.bits, row.method) == ("FP32", "mixed 2/4/8", "minmax")
     overrides = {name: ptq_qconfig("minmax", bits, bits) for name, bits in layers.items()}
@@ -118,6 +120,8 @@ def test_mixed_precision_gives_each_layer_its_bits(data, ground):
     assert_row(row, expected)
     other = drawn_bits(model, net, replace(plan, seed=6))
     assert other.keys() == layers.keys() and other != layers
+    lower = replace(plan, mixed=(2, 4), first_last_bits=None)
+    assert list(drawn_bits(model, net, lower).values())[:: len(names) - 1] == [4, 4]
 
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -129,17 +133,20 @@ def test_mixed_precision_is_told_layer_by_layer(data, ground):
     skeleton = net.build(1, 10, 8)
     graph = build_graph(skeleton)
     layers = drawn_bits(skeleton, net, plan)
-    told = told_bits(skeleton, layers, ghn, plan)
-    first, *_, last = layer_names(skeleton)
-    assert told == {first: None, **layers, last: None}  # of 8 bits the GHN knows nothing
-    knowing = make_ghn(bit_widths=(2, 4, 8))
-    assert told_bits(skeleton, layers, knowing, plan) == {first: 8, **layers, last: 8}
-    bits = node_bits(graph, told)
+    first, *_, last = layers
+    assert layers[first] == layers[last] == 8
+    bits = told(graph, layers, (2, 4))
+    heard = {**layers, first: None, last: None}  # of 8 bits the GHN knows nothing
+    assert bits == node_bits(graph, heard)
+    assert told(graph, layers, (2, 4, 8)) == node_bits(graph, layers)
+    assert told(graph, {**dict.fromkeys(layers, 4), first: 8}, (2, 4)) == 4
+    assert told(graph, dict.fromkeys(layers, 3), (2, 4)) is None
+    assert told(graph, layers, ()) is None
     assert bits.keys() == {node.name for node in graph.nodes}
-    assert bits[graph.nodes[0].name] == told[first]
+    assert bits[graph.nodes[0].name] == heard[first]
     for row, node in enumerate(graph.nodes):
-        if node.name in told:
-            assert bits[node.name] == told[node.name]
+        if node.name in heard:
+            assert bits[node.name] == heard[node.name]
         elif row:  # as the latest that it reads: a norm as its convolution
             source = (graph.adjacency[:, row] == 1).nonzero().max()
             assert bits[node.name] == bits[graph.nodes[source].name]
@@ -155,8 +162,19 @@ def test_mixed_precision_is_told_layer_by_layer(data, ground):
     expected = quantized_by_hand(model, images, data, "minmax", 4, overrides=overrides)
     assert_row(score_net(ghn, net, ground, plan)[1], expected)
     # layers all alike are as a network in one width
-    everywhere = node_bits(graph, dict.fromkeys(told, 2))
+    everywhere = node_bits(graph, dict.fromkeys(layers, 2))
     assert set(everywhere.values()) == {2}
+
+
+def test_ranges_of_weights_per_tensor(data, ground):
+    ghn, net = make_ghn(), NETS[0]
+    plan = replace(PLAN, bits=(4,), methods=("minmax",), per_channel=False)
+    model, images = by_hand(ghn, net, data)
+    spec = ptq_qconfig("minmax", 4, 4).weight
+    expected = quantized_by_hand(model, images, data, "minmax", 4, weight=replace(spec, axis=None))
+    row = score_net(ghn, net, ground, plan)[1]
+    assert_row(row, expected)
+    assert row != score_net(ghn, net, ground, replace(plan, per_channel=True))[1]
 
 
 def test_a_module_gets_weights_and_statistics(data):

@@ -6,19 +6,19 @@ import statistics
 import pytest
 import torch
 from qtrain.data import load_dataset
-from qtrain.ghn import weights_study
+from qtrain.ghn import study, weights_study
 from qtrain.ghn.evaluate import EvalPlan, NetScore
 from qtrain.ghn.prediction import predict
-from qtrain.ghn.start_study import Curve, arms_of, default_qat, run_starts
-from qtrain.ghn.start_study import Plan as StartPlan
+from qtrain.ghn.start_study import Curve, StartPlan, arms_of, default_qat, run_starts
 from qtrain.ghn.start_study import table as start_table
-from qtrain.ghn.study import STUDIES, Plan, run_study, waves
+from qtrain.ghn.study import GAVE_UP, STUDIES, Plan, Study, run_study, waves
 from qtrain.ghn.study_report import (
     Outcome,
     accuracy_table,
     difference_table,
     training_table,
 )
+from qtrain.ghn.train import GhnRecipe
 from qtrain.recipe import new_model
 from qtrain.rundir import MODEL, load_model_file, read_json
 
@@ -39,7 +39,7 @@ PLAN = Plan(
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    STUDIES["small"] = ("w4",)
+    STUDIES["small"] = Study(("w4",), ())
     yield out, run_study("small", PLAN, out, seeds=range(1), jobs=1)
     del STUDIES["small"]
 
@@ -82,6 +82,9 @@ def test_qat_from_predicted_weights_shares_the_runs(studied):
         for name, value in weights.items():
             assert torch.equal(value, starts[f"{slug}-0"][name])
             assert torch.equal(noisy[name], starts[f"{slug}-0.1"][name])
+    # LSQ's first scales are of inputs as the nets have them in training, whatever the weights
+    statistics_of = {name: start["features.7.1.running_var"] for name, start in starts.items()}
+    assert all(0.01 < variance.mean() < 100 for variance in statistics_of.values())
     first = "features.0.0.weight"
     assert not torch.equal(starts["random-0"][first], starts["q-0"][first])
     assert (out / "start" / "report.md").exists()
@@ -103,7 +106,7 @@ def test_weights_beside_random_ones(studied, monkeypatch):
 
 
 def test_a_layer_by_hand():
-    shape = weights_study.Shape("by hand")
+    shape = weights_study.Layers("by hand")
     w = torch.tensor([[-0.5, 0.25, 0.5], [1.0, -0.75, -0.5]])
     shape.add([w])
     mean_square = w.square().mean().item()
@@ -116,10 +119,12 @@ def test_a_layer_by_hand():
 
 
 def test_waves_come_after_what_they_start_from():
-    assert waves(STUDIES["heads"]) == [["q", "low"], ["w4", "w2", "low-w4", "low-w2"]]
+    tuned = ["more", "w4", "w2", "low-more", "low-w4", "low-w2"]
+    assert waves(STUDIES["heads"].variants) == [["q", "low"], tuned]
     assert waves(("w4",)) == [["q"], ["w4"]]
-    for slugs in STUDIES.values():
-        assert {slug for wave in waves(slugs) for slug in wave} >= set(slugs)
+    for each in STUDIES.values():
+        assert {slug for wave in waves(each.variants) for slug in wave} >= set(each.variants)
+        assert {slug for pair in each.pairs for slug in pair} <= set(each.variants)
 
 
 def outcome(variant, seed, accuracies, **changed):
@@ -143,10 +148,47 @@ def test_tables_by_hand():
     columns, rows = accuracy_table(found, "id")
     assert columns == ["GHN", "FP32", "W4A4 minmax"]
     assert rows[0] == ["a", "70.0 ± 14.1 / 80.0", "30.0 ± 0.0 / 40.0"]
-    columns, rows = difference_table(found, "id")
-    assert columns[0] == "minus a"
-    assert rows == [["b", "+5.0 ± 21.2 (1 of 2)", "+5.0 ± 7.1 (1 of 2)"]]
+    rows = difference_table(found, "id", [("b", "a")])[1]
+    assert rows == [["b - a", "+5.0 ± 21.2 (1 of 2)", "+5.0 ± 7.1 (1 of 2)"]]
     assert training_table(found)[1][1] == ["b", "7", "1.500 ± 0.707", "9.00", "2, 0", "0, 0"]
+
+
+def test_a_run_that_gave_up_is_a_row():
+    way = ("W4A4", "minmax")
+    found = [
+        outcome("a", 0, {way: [0.2, 0.4]}),
+        outcome("a", 1, {way: [0.5, 0.5]}),
+        outcome("b", 0, {}, skipped=101, steps=150),
+        outcome("b", 1, {way: [0.6, 0.6]}),
+        outcome("c", 0, {}),
+        outcome("c", 1, {}),
+    ]
+    rows = accuracy_table(found, "id")[1]
+    assert rows[1:] == [["b", "60.0 ± nan / 60.0 (1 gave up)"], ["c", "gave up"]]
+    rows = difference_table(found, "id", [("b", "a"), ("c", "a")])[1]
+    assert rows == [["b - a", "+10.0 ± nan (1 of 1)"], ["c - a", "gave up"]]
+    assert training_table(found)[1][1][-2:] == ["101, 0", "0, 0"]
+
+
+def test_a_study_goes_on_past_a_run_that_gives_up(tmp_path, monkeypatch):
+    """In this process, so that the loss can be made to be NaN."""
+
+    def here(jobs, work, **_):
+        return [(job, work(job)) for job in jobs]
+
+    def fail(self, loss, norm):
+        if self.training.quantizer.kind == "none":
+            return True
+        raise FloatingPointError("ghn: gradients must be finite")
+
+    monkeypatch.setattr(study, "run_all", here)
+    monkeypatch.setattr(GhnRecipe, "accepts", fail)
+    monkeypatch.setitem(STUDIES, "small", Study(("w2", "q"), (("w2", "q"),)))
+    for _ in range(2):
+        first, second = run_study("small", PLAN, tmp_path, seeds=range(1))
+        assert first.scores == () and first.steps == 0 and len(second.scores) == 4
+        assert (tmp_path / "runs" / "w2" / "seed0" / GAVE_UP).exists()
+    assert "gave up" in (tmp_path / "small" / "report.md").read_text()
 
 
 def test_steps_to_an_accuracy_by_hand():
@@ -155,7 +197,7 @@ def test_steps_to_an_accuracy_by_hand():
     assert curves[0].steps_to(0.9) == 40 and curves[0].steps_to(0.95) == math.inf
     columns, rows = start_table(curves, (0.9, 0.95, 0.99))
     assert columns[2:5] == ["steps to 90 %", "steps to 95 %", "steps to 99 %"]
-    assert rows[0][:5] == ["W4A4", "a", "30 ± 14", "20 ± nan, 1 never", "never"]
+    assert rows[0][:5] == ["W4A4", "a", "30 ± 14", "20, 1 never", "never"]
     assert rows[0][5:] == ["67.5 ± 38.9", "90.0 ± 1.4"]
 
 
@@ -166,4 +208,7 @@ def test_bad_studies(tmp_path):
         run_study("heads", PLAN, tmp_path / "x", seeds=[])
     with pytest.raises(ValueError, match="ghn-start: bits must be of 8, 4 and 2"):
         StartPlan(PLAN, default_qat("digits", {}), bits=(3,))
+    told = Plan(evaluation=EvalPlan(bits=(3,)))
+    with pytest.raises(ValueError, match="ghn-eval: bits must be among 2, 4, 8, 32"):
+        run_study("widths", told, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -11,7 +11,8 @@ from qtrain.ghn.run import PRESETS, run_ghn, settings_for
 from qtrain.ghn.train import GhnRecipe, GhnTraining, Start, require_start
 from qtrain.loop import train, train_step
 from qtrain.recipe import TrainConfig, learning_rate, make_optimizer
-from qtrain.rundir import METRICS, read_metrics
+from qtrain.report import write_run_report
+from qtrain.rundir import METRICS, RunDir, read_json, read_metrics
 from torch.nn import functional as F
 
 TINY = {"width": 16, "heads": 2, "layers": 1, "max_shape": [8, 8, 3, 3]}
@@ -171,6 +172,42 @@ def test_exploding_steps_are_counted(data):
     assert recipe.counts()["exploded"] == 2
 
 
+def test_an_interval_without_a_step_is_logged(tmp_path):
+    """No loss then, and the curves are drawn all the same."""
+
+    class Failing(GhnRecipe):
+        def loss(self, model, batch, step):
+            loss = super().loss(model, batch, step)
+            return loss * math.nan if step < 2 else loss
+
+    config, training = settings(train={"log_every": 2, "batch_size": 400}, **SIM)
+    train(config, Failing(training), tmp_path, cpu=True)
+    first, second = [r for r in read_metrics(tmp_path / METRICS) if "loss" in r]
+    assert first["loss"] is None and first["worst"] is None and first["skipped"] == 2
+    assert second["loss"] > 0 and second["skipped"] == 2
+    write_run_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| W4A4 |" in report and (tmp_path / "curves.png").exists()
+
+
+def test_a_checkpoint_that_logs_in_another_way_is_refused(tmp_path):
+    config, training = settings(train={"batch_size": 400, "checkpoint_every": 2}, **SIM)
+
+    class Stopping(GhnRecipe):
+        def on_step_end(self, model, step):
+            if step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Stopping(training), tmp_path, cpu=True)
+    run = RunDir(tmp_path, read_json(tmp_path / "config.json"))
+    saved = run.load_checkpoint()
+    saved["loss_sum"] = saved["loss_sum"][1:]
+    run.save_checkpoint(saved)
+    with pytest.raises(ValueError, match=r"must be of this version of qtrain, got one that logs"):
+        train(config, GhnRecipe(training), tmp_path, cpu=True)
+
+
 def test_it_learns_and_a_skipped_step_is_not_in_the_log(tmp_path):
     """A real GHN, tiny, for 40 steps; the third of them is made to fail."""
 
@@ -218,8 +255,9 @@ def test_presets_of_both_encoders():
     """GHN-3 and GHN-2 of the papers, with their optimizers."""
     config, training = settings_for("paper")
     assert config.lr == 4e-4 and config.schedule == "cosine" and config.clip == 5.0
-    assert training.meta_batch == 8 and training.penalty == 3e-5 and training.space == "paper"
-    config, _ = settings_for("paper", ghn={"encoder": "gated"})
+    assert training.meta_batch == 8 and training.penalty == 2.4e-4 and training.space == "paper"
+    config, training = settings_for("paper", ghn={"encoder": "gated"})
+    assert training.penalty == 0
     assert (config.lr, config.schedule, config.weight_decay) == (1e-3, "steps", 0.0)
     assert config.model_options["width"] == 32
     rates = [learning_rate(config, step, 600) for step in (0, 399, 400, 499, 500, 599)]
@@ -265,6 +303,8 @@ def test_bad_training(changed, error, message):
             r"ghn: bit_widths must be all of \(4,\), .*, got \(2,\)",
         ),
         ({}, {"widht": 3}, "ghn: settings must be among .*, got widht"),
+        ({}, {"width": 1.5}, "ghn: width must be a whole number, got 1.5"),
+        ({"mixed_precision": "fp16"}, {}, "ghn: mixed_precision must be no or bf16: .*, got fp16"),
     ],
 )
 def test_a_run_that_cannot_be_leaves_nothing(tmp_path, train, ghn, message):

@@ -31,6 +31,9 @@ def _plan(
     from ..ghn.study import Plan
 
     train = parse_settings(set_ or [])
+    own = {"epochs": "--epochs", "lr": "--lr", "seed": "--seeds"}
+    for name in own.keys() & train:
+        raise ValueError(f"--set: {name} must be left to {own[name]} in a study, got one")
     epochs = epochs or settings_for(preset)[0].epochs
     tuned = tuning or max(1, epochs // 2)
     return Plan(preset, epochs, tuned, lr, train=train)
@@ -95,13 +98,13 @@ def ghn_start(
     from dataclasses import replace
 
     from ..ghn.run import settings_for
-    from ..ghn.start_study import Plan, default_qat, run_starts, table
+    from ..ghn.start_study import StartPlan, default_qat, run_starts, table
     from ..report import rich_grid
 
     config = settings_for(preset, train=parse_settings(set_ or []))[0]
     qat = replace(default_qat(config.dataset, config.data_options), epochs=qat_epochs)
     ghn = _plan(preset, epochs, tuning_epochs, lr, set_)
-    plan = Plan(ghn, qat, whole_numbers("bits", bits, 1, 16), noise=noise)
+    plan = StartPlan(ghn, qat, whole_numbers("bits", bits, 1, 16), noise=noise)
     curves = run_starts(plan, out, seeds=range(seeds), jobs=jobs)
     Console().print(rich_grid(*table(curves, plan.goals), "QAT by its start", left=2))
     typer.echo(f"{out}/start/report.md")

@@ -65,10 +65,20 @@ def ghn(
     no_norm: Annotated[
         bool, typer.Option("--no-norm", help="Train on networks without BatchNorm.")
     ] = False,
+    space: Annotated[
+        str | None, typer.Option(help="Of the networks: digits, paper or vit; else the preset's.")
+    ] = None,
     nets: Annotated[int | None, typer.Option(min=1, help="Networks to draw from.")] = None,
+    net_seed: Annotated[int | None, typer.Option(min=0, help="Names the networks; else 0.")] = None,
     meta_batch: Annotated[int | None, typer.Option(min=1, help="Networks in a step.")] = None,
     held_out: Annotated[
         int | None, typer.Option(min=1, help="Networks of the evaluations during training.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(min=0, help="Of the norms of predicted tensors.")
+    ] = None,
+    max_skipped: Annotated[
+        int | None, typer.Option(min=0, help="Steps that are not finite, before it gives up.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times through the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a step.")] = None,
@@ -95,9 +105,17 @@ def ghn(
     options.update(train.pop("model_options", {}))
     if tell_bits:
         options["bit_widths"] = True
-    counts = {"nets": nets, "meta_batch": meta_batch, "held_out": held_out}
+    others = {
+        "space": space,
+        "nets": nets,
+        "net_seed": net_seed,
+        "meta_batch": meta_batch,
+        "held_out": held_out,
+        "penalty": penalty,
+        "max_skipped": max_skipped,
+    }
     training = {
-        **{key: value for key, value in counts.items() if value is not None},
+        **{key: value for key, value in others.items() if value is not None},
         "norm": not no_norm,
         "quantizer": Quantizer(quantizer, method, percentile, per_channel=not per_tensor),
         "bits": () if bits is None else whole_numbers("bits", bits, 1, 32),

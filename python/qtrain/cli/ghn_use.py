@@ -49,7 +49,10 @@ def ghn_eval(
     methods: Annotated[
         str, typer.Option(help="Ranges: minmax, percentile, mse.")
     ] = "minmax,percentile",
-    percentile: Annotated[float, typer.Option(help="For ranges by percentile.")] = 99.0,
+    percentile: Annotated[float, typer.Option(help="For ranges of inputs by percentile.")] = 99.0,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="Ranges of weights per tensor, not per channel.")
+    ] = False,
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Mixed precision too: each layer draws one of --bits.")
     ] = False,
@@ -80,6 +83,7 @@ def ghn_eval(
         mixed=tuple(sorted(widths)) if mixed else (),
         first_last_bits=first_last_bits or None,
         percentile=percentile,
+        per_channel=not per_tensor,
         batchnorm_images=batchnorm_images,
         range_images=range_images,
         batch_size=batch_size,

@@ -42,9 +42,10 @@ def demo(
     overwrite: Overwrite = False,
     cpu: Cpu = False,
 ) -> None:
-    """Float training, PTQ and QAT of a small CNN on handwritten digits, in one table.
+    """A small CNN on handwritten digits, quantized by every method, in one table.
 
-    PTQ at W8A8, W4A4 and W2A2; QAT (min-max STE and LSQ) at W4A4 and W2A2.
+    PTQ at W8A8, W4A4 and W2A2; QAT (min-max STE and LSQ), BWRF, DNQ and QAT from weights that a
+    hypernetwork predicted (GHN-QAT) at W4A4 and W2A2.
     """
     from ..demo import DemoConfig, run_demo
     from ..report import RESULTS, show

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import require
-from ..rundir import RunDir, config_differences, load_model_file
+from ..rundir import MODEL, RunDir, config_differences, file_digest, load_model_file
 from .config import GhnConfig, ghn2
 from .model import Ghn
 
@@ -73,6 +73,11 @@ def load_ghn(path: str | Path, config: GhnConfig | None = None) -> Ghn:
     found = GhnConfig.from_dict(settings)
     _require_config(path, found, config)
     return _filled(path, found, weights)
+
+
+def ghn_digest(path: Path) -> str:
+    """Names the file of a GHN, or that of its directory."""
+    return file_digest(path / MODEL if path.is_dir() else path)
 
 
 def settings_in(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:

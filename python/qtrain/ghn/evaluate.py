@@ -11,19 +11,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.nn import QConfig, QuantLayer, prepare
+from qkernels.nn import QConfig, quantizable_layers
 
 from ..data import Batch, Dataset
 from ..loop import evaluate
 from ..progress import Track
-from ..ptq import calibration_images, ptq_qconfig, quantize_after_training, sweep
+from ..ptq import calibration_images, ptq_qconfig, quantize_after_training
 from ..ptq_run import IMAGES as RANGE_IMAGES
 from ..recipe import TrainConfig, require
 from ..report import bits_name
@@ -47,7 +46,9 @@ class EvalPlan:
 
     Attributes:
         bits: of weights and layer inputs alike, beside float; none: float alone.
-        methods: of ranges: minmax, percentile, mse.
+        methods: of ranges: minmax, percentile, mse. Those of weights are min-max where inputs
+            have percentile, as in training.
+        per_channel: ranges of weights per output channel, else per tensor.
         mixed: two widths or more, for mixed precision beside those: each layer but the first and
             the last draws one of them, named by (seed, network); none: not.
         first_last_bits: the first and last layer get at least so many; None: as the others (with
@@ -70,6 +71,7 @@ class EvalPlan:
     mixed: tuple[int, ...] = ()
     first_last_bits: int | None = 8
     percentile: float = 99.0
+    per_channel: bool = True
     batchnorm_images: int | None = None
     range_images: int | None = None
     batch_size: int = 256
@@ -90,19 +92,29 @@ class EvalPlan:
 
     def qconfig(self, method: str, bits: int, layers: LayerBits | None = None) -> QConfig:
         """Of all layers alike, or of ``layers`` by name and the others with ``bits``."""
-        share = self.percentile if method == "percentile" else None
-        make = partial(ptq_qconfig, method, percentile=share)
-        config = make(bits, bits, first_last_bits=self.first_last_bits)
-        overrides = {name: make(own, own) for name, own in (layers or {}).items()}
-        return replace(config, overrides=overrides)
+        overrides = {name: self._alike(method, own) for name, own in (layers or {}).items()}
+        return replace(self._alike(method, bits), overrides=overrides)
+
+    def _alike(self, method: str, bits: int) -> QConfig:
+        cut = method == "percentile"
+        config = ptq_qconfig(
+            method,
+            bits,
+            bits,
+            weight_method="minmax" if cut else None,
+            percentile=self.percentile if cut else None,
+            first_last_bits=self.first_last_bits,
+        )
+        if self.per_channel or config.weight is None:
+            return config
+        return replace(config, weight=replace(config.weight, axis=None))
 
     @property
     def mixed_name(self) -> str:
         return f"mixed {'/'.join(map(str, sorted(self.mixed)))}"
 
-    def check(self, ghn: Ghn) -> None:
-        """Raises: ValueError if the GHN has bit widths, and not all of the plan's."""
-        known = ghn.config.bit_widths
+    def check(self, known: Sequence[int]) -> None:
+        """Raises: ValueError if a GHN knows these bit widths, and not all of the plan's."""
         strange = sorted({*self.bits, *self.mixed} - set(known)) if known else []
         rule = f"among {', '.join(map(str, known))}, which the GHN knows"
         require(not strange, "bits", rule, ", ".join(map(str, strange)), "ghn-eval")
@@ -217,7 +229,7 @@ def evaluate_networks(
         ValueError: bits that the GHN does not know; not so many training images.
     """
     plan = plan or EvalPlan()
-    plan.check(ghn)
+    plan.check(ghn.config.bit_widths)
     ground = Ground.of(data, plan)
     scores: list[NetScore] = []
     ours = Track(len(nets), "networks")
@@ -247,79 +259,63 @@ def score_net(ghn: Ghn, net: Net, ground: Ground, plan: EvalPlan) -> list[NetSco
 
     model = predicted(None)
     found = [score("FP32", "", evaluate(model, ground.data.test))]
-    groups = [(width,) for width in plan.bits] if ghn.config.bit_widths else [plan.bits]
-    for group in groups if plan.bits else []:
-        if ghn.config.bit_widths:
-            model = predicted(group[0])
-        found += [score(*row) for row in uniform(model, group, ground, plan)]
+    known = ghn.config.bit_widths
+    for width in plan.bits:
+        if known:
+            model = predicted(width)
+        name = bits_name((width, width))
+        found += [score(name, *row) for row in quantized(model, width, {}, ground, plan)]
     if plan.mixed:
         layers = drawn_bits(model, net, plan)
-        if ghn.config.bit_widths:
-            model = predicted(node_bits(graph, told_bits(model, layers, ghn, plan)))
-        found += [score(*row) for row in mixed(model, layers, ground, plan)]
+        if known:
+            model = predicted(told(graph, layers, known))
+        rows = quantized(model, max(plan.mixed), layers, ground, plan)
+        found += [score(plan.mixed_name, *row) for row in rows]
     return found
 
 
-Scored = tuple[str, str, Mapping[str, float]]
-
-
-def uniform(
-    model: nn.Module, widths: Sequence[int], ground: Ground, plan: EvalPlan
-) -> Iterator[Scored]:
-    """All layers in the same width: (bits, method, scores), by width and method."""
-    pairs = [(width, width) for width in widths]
-    ways = list(product(map(bits_name, pairs), plan.methods))
-    if not finite_inside(model, ground.ranges):
-        yield from ((*way, lost(ground.data)) for way in ways)
-        return
-    rows = sweep(
-        model,
-        ground.data.test,
-        ground.ranges,
-        bits=pairs,
-        methods=plan.methods,
-        folds=(True,),
-        first_last_bits=plan.first_last_bits,
-        percentile=plan.percentile,
-        track=Track(0, "", quiet=True),
-    )
-    for way, row in zip(ways, rows, strict=True):
-        yield *way, {"test_loss": row.loss, "test_accuracy": row.accuracy}
-
-
-def mixed(model: nn.Module, layers: LayerBits, ground: Ground, plan: EvalPlan) -> Iterator[Scored]:
-    """The layers in the widths given, the first and the last in those of the plan."""
+def quantized(
+    model: nn.Module, bits: int, layers: LayerBits, ground: Ground, plan: EvalPlan
+) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """(method, scores) for each kind of range; ``layers`` have widths of their own."""
     sound = finite_inside(model, ground.ranges)
     for method in plan.methods:
         scores = lost(ground.data)
         if sound:
-            qconfig = plan.qconfig(method, max(plan.mixed), layers)
-            quantized = quantize_after_training(model, qconfig, ground.ranges)
-            scores = evaluate(quantized, ground.data.test)
-        yield plan.mixed_name, method, scores
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """The layers that are quantized, in the order that decides which is first and which last."""
-    prepared = prepare(model, QConfig.minmax(8, 8))
-    return [name for name, m in prepared.named_modules() if isinstance(m, QuantLayer)]
+            qconfig = plan.qconfig(method, bits, layers)
+            made = quantize_after_training(model, qconfig, ground.ranges)
+            scores = evaluate(made, ground.data.test)
+        yield method, scores
 
 
 def drawn_bits(model: nn.Module, net: Net, plan: EvalPlan) -> dict[str, int]:
-    """The width of each layer but the first and the last, named by (the plan's seed, network)."""
+    """The width of each layer, named by (the plan's seed, network). The first and the last have the
+    widest, and at least the plan's for them."""
     widths = sorted(plan.mixed)
     draw = Draw(plan.seed, net.index, f"mixed/{net.space}/{net.split}/{net.seed}")
-    return {name: draw.pick(widths) for name in layer_names(model)[1:-1]}
+    names = [layer.names[0] for layer in quantizable_layers(model, "ghn-eval")]
+    middle = {name: draw.pick(widths) for name in names[1:-1]}
+    ends = max(*widths, plan.first_last_bits or 0)
+    return {name: middle.get(name, ends) for name in names}
 
 
-def told_bits(
-    model: nn.Module, layers: LayerBits, ghn: Ghn, plan: EvalPlan
-) -> dict[str, int | None]:
-    """What the GHN is told of each layer. Of the first and the last one, their width if it knows
-    it, else that they are float."""
-    widest = max(*plan.mixed, plan.first_last_bits or 0)
-    ends = widest if widest in ghn.config.bit_widths else None
-    return {name: layers.get(name, ends) for name in layer_names(model)}
+def told(graph: Graph, layers: LayerBits, known: Sequence[int]) -> Bits:
+    """What a GHN that knows these widths is told of a network: its width, or where its layers
+    differ that of each node.
+
+    The first and the last layer, whose rule is the same for all networks, do not make a difference.
+    OUR choice, as that a width that the GHN does not know is float to it.
+
+    Args:
+        layers: the width of every layer, in the order of registration.
+    """
+    if not known:
+        return None
+    middle = set(list(layers.values())[1:-1]) or set(layers.values())
+    if len(middle) > 1:
+        heard = {name: bits if bits in known else None for name, bits in layers.items()}
+        return node_bits(graph, heard)
+    return next((bits for bits in middle if bits in known), None)
 
 
 def node_bits(graph: Graph, layers: Mapping[str, int | None]) -> dict[str, int | None]:

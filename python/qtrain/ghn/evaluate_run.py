@@ -15,8 +15,9 @@ from ..data import Dataset, load_dataset
 from ..progress import Track
 from ..recipe import require
 from ..report import REPORT, RESULTS, markdown_grid, reading_results
-from ..rundir import METRICS, MODEL, RunDir, file_digest, load_model_file, to_json, write_atomic
+from ..rundir import METRICS, RunDir, file_digest, load_model_file, to_json, write_atomic
 from ..study import run_all
+from .checkpoint import ghn_digest
 from .evaluate import EvalPlan, Ground, NetScore, score_net
 from .evaluate_report import HISTOGRAMS, notes, plot_histograms, table
 from .model import Ghn
@@ -82,10 +83,6 @@ class Nets:
 
     nets: tuple[Net, ...]
     described: Mapping[str, Any]
-
-
-def ghn_digest(path: Path) -> str:
-    return file_digest(path / MODEL if path.is_dir() else path)
 
 
 def drawn(
@@ -209,7 +206,7 @@ def run_evaluation(
     # all that can be refused is refused here, before anything is written
     data = load_dataset(source.dataset, source.data_options).to(torch.device(device))
     ghn, ground = as_ghn(source.path).to(device), Ground.of(data, plan)
-    plan.check(ghn)
+    plan.check(ghn.config.bit_widths)
     _check_sizes(nets.nets, data)
     described = {
         "recipe": {"name": "ghn-eval", "source": source.digest, **plan.describe()},

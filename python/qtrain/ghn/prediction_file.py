@@ -15,8 +15,8 @@ from ..models import build_model
 from ..recipe import require
 from ..rundir import write_model_file
 from ..seeds import keeping_globals, seed_globals
+from .checkpoint import ghn_digest
 from .evaluate import EvalPlan, Ground
-from .evaluate_run import ghn_digest
 from .graph import build_graph
 from .model import Ghn
 from .prediction import Coverage, as_ghn, coverage, predicted_model

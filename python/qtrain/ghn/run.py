@@ -9,15 +9,22 @@ from typing import Any
 from ..loop import TrainResult, train
 from ..progress import Track
 from ..recipe import TrainConfig, require
+from .nets import KEPT
 from .quantizers import FLOAT_BITS
 from .train import GhnRecipe, GhnTraining, Start
 
-# GHN-3 as it was trained, and GHN-2 (with Adam, that is AdamW without decay)
-BY_ENCODER: dict[str, dict[str, Any]] = {
-    "graphormer": {"lr": 4e-4, "weight_decay": 1e-2, "schedule": "cosine"},
-    "gated": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "steps", "warmup": 0.0},
+# what the preset "paper" adds for an encoder: GHN-3 as it was trained (its penalty is of the whole
+# meta-batch of 8, ours of the mean), and GHN-2 (with Adam, that is AdamW without decay)
+PAPER: dict[str, dict[str, Any]] = {
+    "graphormer": {
+        "train": {"lr": 4e-4, "weight_decay": 1e-2, "schedule": "cosine"},
+        "training": {"penalty": 8 * 3e-5},
+    },
+    "gated": {
+        "train": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "steps", "warmup": 0.0},
+        "ghn": {"width": 32},
+    },
 }
-WIDTH = {"graphormer": 64, "gated": 32}
 SMALL: dict[str, Any] = {"width": 32, "heads": 4, "layers": 3, "max_shape": [16, 16, 7, 7]}
 # paper: what GHN-2 and GHN-3 have for CIFAR-10, and GHN-Q fine-tunes; its epochs are our choice.
 # digits and shapes: small enough for two cores.
@@ -25,7 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "train": {"dataset": "cifar10", "epochs": 100, "eval_every": 10},
         "ghn": {},
-        "training": {"space": "paper", "nets": 10000, "penalty": 3e-5},
+        # no more than are kept in memory: to make one takes longer than a step on a GPU
+        "training": {"space": "paper", "nets": KEPT},
     },
     "digits": {
         "train": {"dataset": "digits", "epochs": 100, "eval_every": 20, "lr": 2e-3},
@@ -68,15 +76,17 @@ def settings_for(
     """
     require(preset in PRESETS, "preset", f"one of {', '.join(PRESETS)}", repr(preset), "ghn")
     chosen, ghn = PRESETS[preset], dict(ghn or {})
-    how = GhnTraining(**{**chosen["training"], **(training or {})})
+    inherited = chosen["ghn"] if start is None else start.ghn.config.to_dict()
+    encoder = {**inherited, **ghn}.get("encoder", "graphormer")
+    of_encoder = PAPER.get(encoder, {}) if preset == "paper" else {}
+    how = GhnTraining(
+        **{**chosen["training"], **of_encoder.get("training", {}), **(training or {})}
+    )
     if ghn.get("bit_widths") is True:
         require(bool(how.bits), "bits", "some to tell the GHN", "none", "ghn")
         ghn["bit_widths"] = sorted(set(how.bits) - {FLOAT_BITS})
-    options = {**chosen["ghn"], **ghn} if start is None else {**start.ghn.config.to_dict(), **ghn}
-    encoder = options.get("encoder", "graphormer")
-    given = {"clip": 5.0, **BY_ENCODER.get(encoder, {}), **chosen["train"], **(train or {})}
-    if start is None and preset == "paper":
-        options = {"width": WIDTH.get(encoder, 64), **options}
+    options = {**of_encoder.get("ghn", {}), **inherited, **ghn}
+    given = {"clip": 5.0, **chosen["train"], **of_encoder.get("train", {}), **(train or {})}
     given["model_options"] = {**options, **given.get("model_options", {})}
     return TrainConfig(**{**given, "model": "ghn"}), how
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.optim.swa_utils import update_bn
+
 from ..data import load_dataset
 from ..dnq_run import DEEP_CNN
 from ..loop import train
@@ -23,10 +25,9 @@ from ..rundir import METRICS, read_metrics, to_json, write_atomic, write_model_f
 from ..seeds import keeping_globals, seed_globals
 from ..source import FloatSource
 from ..study import run_all, spread
+from .evaluate import EvalPlan, Ground
 from .prediction_file import ModelToPredict, write_prediction
-from .study import Job as GhnJob
-from .study import Plan as GhnPlan
-from .study import train_variants
+from .study import Job, Plan, train_variants
 
 PICTURE = "start.png"
 
@@ -57,7 +58,7 @@ def arms_of(bits: int, noise: float) -> tuple[Arm, ...]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StartPlan:
     """What all arms share.
 
     Attributes:
@@ -67,7 +68,7 @@ class Plan:
         goals: accuracies whose steps are counted.
     """
 
-    ghn: GhnPlan
+    ghn: Plan
     qat: TrainConfig
     bits: tuple[int, ...] = (4, 2)
     method: str = "lsq"
@@ -88,11 +89,11 @@ def default_qat(dataset: str, data_options: Any) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class Job:
+class StartJob:
     arm: Arm
     bits: int
     seed: int
-    plan: Plan
+    plan: StartPlan
     out: Path
 
     @property
@@ -123,7 +124,7 @@ class Curve:
         return min((step for step, accuracy in self.points if accuracy >= goal), default=math.inf)
 
 
-def _run(job: Job) -> Curve:
+def _run(job: StartJob) -> Curve:
     config = replace(job.plan.qat, seed=job.seed)
     start = job.folder / f"start{job.seed}.safetensors"
     start.parent.mkdir(parents=True, exist_ok=True)
@@ -135,13 +136,13 @@ def _run(job: Job) -> Curve:
     return Curve(job.arm.name, job.bits, job.seed, points)
 
 
-def _write_start(job: Job, config: TrainConfig, path: Path) -> None:
+def _write_start(job: StartJob, config: TrainConfig, path: Path) -> None:
     """The float model that QAT starts from; the same bytes whenever it is written."""
     if job.arm.variant is not None:
         wanted = ModelToPredict(
             config.model, config.model_options, config.dataset, config.data_options
         )
-        ghn = GhnJob(job.arm.variant, job.seed, job.plan.ghn, job.out).folder()
+        ghn = Job(job.arm.variant, job.seed, job.plan.ghn, job.out).folder()
         how: dict[str, Any] = {"noise": job.arm.noise, "seed": job.seed, "cpu": True}
         write_prediction(wanted, path, ghn, overwrite=True, **how)
         return
@@ -149,6 +150,8 @@ def _write_start(job: Job, config: TrainConfig, path: Path) -> None:
     with keeping_globals():
         seed_globals(job.seed, 0, "init")
         model = new_model(config, data)
+        # as that of predicted weights: what LSQ's first scales are taken from
+        update_bn(Ground.of(data, EvalPlan(seed=job.seed)).batchnorm, model)
     meta = {"train": {k: v for k, v in asdict(config).items() if k in _KEPT}}
     write_model_file(path, model.state_dict(), {**meta, "recipe": {"name": "float"}})
 
@@ -157,7 +160,7 @@ _KEPT = ("dataset", "data_options", "model", "model_options")
 
 
 def run_starts(
-    plan: Plan, out: str | Path, *, seeds: Iterable[int] = range(3), jobs: int = 2
+    plan: StartPlan, out: str | Path, *, seeds: Iterable[int] = range(3), jobs: int = 2
 ) -> list[Curve]:
     """Train what is not yet there, and write start/report.md, results.json and a picture.
 
@@ -173,7 +176,7 @@ def run_starts(
     arms = [(arm, bits) for bits in plan.bits for arm in arms_of(bits, plan.noise)]
     slugs = list(dict.fromkeys(arm.variant for arm, _ in arms if arm.variant is not None))
     train_variants(slugs, plan.ghn, out, numbers, jobs)
-    todo = [Job(arm, bits, seed, plan, out) for arm, bits in arms for seed in numbers]
+    todo = [StartJob(arm, bits, seed, plan, out) for arm, bits in arms for seed in numbers]
     runs = run_all(todo, _run, label="QAT from each start", processes=jobs)
     found = {job.run: curve for job, curve in runs}
     curves = [found[job.run] for job in todo]
@@ -202,10 +205,11 @@ def _steps(steps: Sequence[float]) -> str:
         return "never"
     missing = len(steps) - len(reached)
     mean, sd = spread(reached)
-    return f"{mean:.0f} ± {sd:.0f}" + (f", {missing} never" if missing else "")
+    width = "" if math.isnan(sd) else f" ± {sd:.0f}"
+    return f"{mean:.0f}{width}" + (f", {missing} never" if missing else "")
 
 
-def _write(out: Path, curves: Sequence[Curve], plan: Plan) -> None:
+def _write(out: Path, curves: Sequence[Curve], plan: StartPlan) -> None:
     seeds = sorted({curve.seed for curve in curves})
     plot(out / PICTURE, curves)
     text = f"""# QAT from predicted weights: {plan.qat.model} on {plan.qat.dataset}, {plan.method}

@@ -6,6 +6,7 @@ their runs: each run is made once, whoever asks for it first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 
 from ..progress import Track
 from ..recipe import TrainConfig, require
-from ..rundir import METRICS, read_metrics
+from ..rundir import METRICS, read_json, read_metrics, to_json, write_atomic
 from ..study import run_all
 from .evaluate import EvalPlan, NetScore
 from .evaluate_run import GhnSource, drawn, run_evaluation
-from .quantizers import Quantizer
+from .quantizers import FLOAT_BITS, Quantizer
 from .run import run_ghn, settings_for
 from .study_report import Outcome, write_report
 from .train import GhnTraining, Start
@@ -44,6 +45,8 @@ def _quantized(kind: str, *bits: int, **ranges: Any) -> dict[str, Any]:
     return {"quantizer": Quantizer(kind, **ranges), "bits": bits}
 
 
+# float is one of them, for it is evaluated too
+WIDTHS = (8, 4, 2, FLOAT_BITS)
 TOLD = {"bit_widths": True}
 BARE = {"norm": False}
 VARIANTS = {
@@ -54,13 +57,15 @@ VARIANTS = {
     "w4-noise": Variant("GHN-QAT W4A4, NoiseQuant", "q", training=_quantized("noise", 4)),
     "w2-sim": Variant("GHN-QAT W2A2, SimQuant", "q", training=_quantized("sim", 2)),
     "w2": Variant("GHN-QAT W2A2, NoiseQuant", "q", training=_quantized("noise", 2)),
-    "all-untold": Variant("all widths, untold", "q", training=_quantized("paper", 8, 4, 2)),
-    "all": Variant("all widths, told", "q", TOLD, _quantized("paper", 8, 4, 2)),
-    "mixed": Variant("mixed, told", "q", TOLD, {**_quantized("paper", 8, 4, 2), "mixed": 0.5}),
+    "all-untold": Variant("all widths, untold", "q", training=_quantized("paper", *WIDTHS)),
+    "all": Variant("all widths, told", "q", TOLD, _quantized("paper", *WIDTHS)),
+    "mixed": Variant("mixed, told", "q", TOLD, {**_quantized("paper", *WIDTHS), "mixed": 0.5}),
     "low": Variant("low rank, GHN-Q", None, {"head": "low_rank", "rank": 16}),
+    "low-more": Variant("low rank, longer", "low"),
     "low-w4": Variant("low rank, W4A4 SimQuant", "low", training=_quantized("sim", 4)),
     "low-w2": Variant("low rank, W2A2 NoiseQuant", "low", training=_quantized("noise", 2)),
     "bare": Variant("BN-free GHN-Q", None, training=BARE),
+    "bare-more": Variant("BN-free, longer", "bare", training=BARE),
     "bare-minmax": Variant(
         "BN-free W4A4, min-max", "bare", training={**BARE, **_quantized("sim", 4)}
     ),
@@ -70,14 +75,41 @@ VARIANTS = {
         training={**BARE, **_quantized("sim", 4, method="percentile", percentile=99.0)},
     ),
 }
-# the variants of each study; the first is the one that the others are held against
-STUDIES: dict[str, tuple[str, ...]] = {
-    "quantized": ("more", "q", "w8", "w4", "w2"),
-    "quantizers": ("w4", "w4-noise", "w2-sim", "w2"),
-    "bn-free": ("bare", "bare-minmax", "bare-percentile"),
-    "heads": ("q", "w4", "w2", "low", "low-w4", "low-w2"),
-    "widths": ("more", "w8", "w4", "w2", "all-untold", "all", "mixed"),
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants, in the order of the tables, and pairs of which the first is held against the
+    second."""
+
+    variants: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+
+STUDIES = {
+    "quantized": Study(
+        ("q", "more", "w8", "w4", "w2"), (("w8", "more"), ("w4", "more"), ("w2", "more"))
+    ),
+    "quantizers": Study(("w4", "w4-noise", "w2-sim", "w2"), (("w4-noise", "w4"), ("w2", "w2-sim"))),
+    "bn-free": Study(
+        ("bare", "bare-more", "bare-minmax", "bare-percentile"),
+        (
+            ("bare-minmax", "bare-more"),
+            ("bare-percentile", "bare-more"),
+            ("bare-percentile", "bare-minmax"),
+        ),
+    ),
+    "heads": Study(
+        ("more", "w4", "w2", "low-more", "low-w4", "low-w2"),
+        (("low-more", "more"), ("low-w4", "w4"), ("low-w2", "w2")),
+    ),
+    "widths": Study(
+        ("w8", "w4", "w2", "all-untold", "all", "mixed"),
+        (("all", "w8"), ("all", "w4"), ("all", "w2"), ("all", "all-untold"), ("mixed", "all")),
+    ),
 }
+# in the directory of a run that gave up
+GAVE_UP = "gave-up.json"
 
 
 @dataclass(frozen=True)
@@ -139,17 +171,32 @@ class Job:
     def scores(self) -> Path:
         return self.out / "scores" / self.slug / f"seed{self.seed}"
 
+    @property
+    def gave_up(self) -> str | None:
+        """Why the run gave up, if it did."""
+        file = self.folder() / GAVE_UP
+        return read_json(file)["error"] if file.exists() else None
+
 
 def _train(job: Job) -> None:
     variant = VARIANTS[job.slug]
     start = None if variant.start is None else Start.load(job.folder(variant.start))
     config, training = job.plan.settings(variant, job.seed, start)
+    if job.gave_up is not None:
+        return
     quiet = Track(0, "", quiet=True)
-    run_ghn(config, training, job.folder(), start=start, cpu=True, track=quiet)
+    try:
+        run_ghn(config, training, job.folder(), start=start, cpu=True, track=quiet)
+    except FloatingPointError as error:
+        # a result, not an accident: that training is not stable is what some variants are there for
+        write_atomic(job.folder() / GAVE_UP, to_json({"error": str(error)}))
 
 
 def _evaluate(job: Job) -> list[NetScore]:
-    """On networks that are not the training's: another split, and another seed."""
+    """On networks that are not the training's: another split, and another seed; none for a run that
+    gave up."""
+    if job.gave_up is not None:
+        return []
     source = GhnSource.load(job.folder())
     plan, seed = job.plan, job.seed + 1000
     nets = drawn(source.space, plan.splits, count=plan.nets, seed=seed, quiet=True)
@@ -167,18 +214,22 @@ def run_study(
 
     Raises:
         ValueError: an unknown study; bad settings; ``out`` holds runs with other settings.
-        FloatingPointError: a run with too many steps whose gradient was not finite.
     """
     require(name in STUDIES, "study", f"one of {', '.join(STUDIES)}", repr(name), "ghn-study")
     numbers, out = sorted(set(seeds)), Path(out)
     require(bool(numbers), "seeds", "at least one", "none", "ghn-study")
-    slugs = STUDIES[name]
+    study = STUDIES[name]
+    slugs = study.variants
+    for slug in slugs:
+        told = VARIANTS[slug].ghn == TOLD
+        plan.evaluation.check(sorted({*VARIANTS[slug].training["bits"]}) if told else ())
     train_variants(slugs, plan, out, numbers, jobs)
     todo = [Job(slug, seed, plan, out) for slug in slugs for seed in numbers]
     runs = run_all(todo, _evaluate, label="evaluation", processes=jobs)
     found = {job.scores: scores for job, scores in runs}
     outcomes = [_outcome(job, found[job.scores]) for job in todo]
-    write_report(name, plan.preset, outcomes, out / name, asdict(plan))
+    pairs = [(VARIANTS[ours].name, VARIANTS[theirs].name) for ours, theirs in study.pairs]
+    write_report(name, plan.preset, outcomes, pairs, out / name, asdict(plan))
     return outcomes
 
 
@@ -211,8 +262,8 @@ def waves(slugs: Sequence[str]) -> list[list[str]]:
 
 def _outcome(job: Job, scores: list[NetScore]) -> Outcome:
     records = [r for r in read_metrics(job.folder() / METRICS) if "loss" in r]
-    losses = [record["loss"] for record in records if record["loss"] is not None]
-    last = records[-1]
+    losses = [record["loss"] for record in records if record["loss"] is not None] or [math.nan]
+    last = records[-1] if records else {"skipped": 0, "exploded": 0, "step": 0}
     return Outcome(
         variant=VARIANTS[job.slug].name,
         seed=job.seed,

@@ -21,6 +21,7 @@ class Outcome:
     """A variant with a seed.
 
     Attributes:
+        scores: none if the training gave up.
         loss, highest: the last and the highest of the logged training losses.
         skipped, exploded: steps whose gradient was not finite, and whose loss exploded.
     """
@@ -61,35 +62,47 @@ def accuracy_table(outcomes: Sequence[Outcome], split: str) -> tuple[list[str], 
     ways = _ways(outcomes)
     rows = []
     for variant in dict.fromkeys(o.variant for o in outcomes):
+        mine = _of(outcomes, variant)
         cells = []
         for way in ways:
-            nets = [o.accuracies(split, way) for o in _of(outcomes, variant)]
-            mean, sd = spread([statistics.fmean(values) for values in nets])
-            best = max(max(values) for values in nets)
-            cells.append(f"{100 * mean:.1f} ± {100 * sd:.1f} / {100 * best:.1f}")
+            nets = [o.accuracies(split, way) for o in mine if o.scores]
+            lost = len(mine) - len(nets)
+            note = f" ({lost} gave up)" if lost else ""
+            cells.append(f"{_summary(nets)}{note}" if nets else "gave up")
         rows.append([variant, *cells])
     return ["GHN", *map(_way_name, ways)], rows
 
 
-def difference_table(outcomes: Sequence[Outcome], split: str) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): differences of the means over networks to the first variant in points, seed
-    by seed: mean, standard deviation, and in how many seeds the variant was better."""
+def _summary(nets: Sequence[Sequence[float]]) -> str:
+    mean, sd = spread([statistics.fmean(values) for values in nets])
+    return f"{100 * mean:.1f} ± {100 * sd:.1f} / {100 * max(map(max, nets)):.1f}"
+
+
+def difference_table(
+    outcomes: Sequence[Outcome], split: str, pairs: Sequence[tuple[str, str]]
+) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): differences of the means over networks in points, seed by seed: mean,
+    standard deviation, and in how many seeds the first of a pair was better. Seeds in which either
+    gave up are left out."""
     ways = _ways(outcomes)
-    first, *others = dict.fromkeys(o.variant for o in outcomes)
     rows = []
-    for variant in others:
-        cells = []
-        for way in ways:
-            gaps = [
-                statistics.fmean(ours.accuracies(split, way))
-                - statistics.fmean(theirs.accuracies(split, way))
-                for ours, theirs in zip(_of(outcomes, variant), _of(outcomes, first), strict=True)
-            ]
-            mean, sd = spread(gaps)
-            wins = sum(gap > 0 for gap in gaps)
-            cells.append(f"{100 * mean:+.1f} ± {100 * sd:.1f} ({wins} of {len(gaps)})")
-        rows.append([variant, *cells])
-    return [f"minus {first}", *map(_way_name, ways)], rows
+    for ours, theirs in pairs:
+        both = [
+            (one, other)
+            for one, other in zip(_of(outcomes, ours), _of(outcomes, theirs), strict=True)
+            if one.scores and other.scores
+        ]
+        cells = [_gaps(both, split, way) if both else "gave up" for way in ways]
+        rows.append([f"{ours} - {theirs}", *cells])
+    return ["difference", *map(_way_name, ways)], rows
+
+
+def _gaps(both: Sequence[tuple[Outcome, Outcome]], split: str, way: tuple[str, str]) -> str:
+    means = [[statistics.fmean(o.accuracies(split, way)) for o in pair] for pair in both]
+    gaps = [ours - theirs for ours, theirs in means]
+    mean, sd = spread(gaps)
+    wins = sum(gap > 0 for gap in gaps)
+    return f"{100 * mean:+.1f} ± {100 * sd:.1f} ({wins} of {len(gaps)})"
 
 
 def training_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
@@ -106,13 +119,19 @@ def training_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[st
 
 
 def write_report(
-    name: str, preset: str, outcomes: Sequence[Outcome], out: Path, plan: Mapping[str, Any]
+    name: str,
+    preset: str,
+    outcomes: Sequence[Outcome],
+    pairs: Sequence[tuple[str, str]],
+    out: Path,
+    plan: Mapping[str, Any],
 ) -> None:
     """accuracy.png, report.md and, last, results.json."""
     out.mkdir(parents=True, exist_ok=True)
     seeds = sorted({o.seed for o in outcomes})
     plot(out / PICTURE, outcomes)
-    nets = len({(s.seed, s.index) for s in outcomes[0].scores if s.split == "id"})
+    first = next((o for o in outcomes if o.scores), outcomes[0])
+    nets = len({(s.seed, s.index) for s in first.scores if s.split == first.scores[0].split})
     parts = [
         f"# qtrain ghn-study {name}: {preset}\n",
         f"Test accuracy in % of networks with predicted weights: mean over the networks of a split "
@@ -121,7 +140,7 @@ def write_report(
     ]
     for split in _splits(outcomes):
         parts += [f"## {split}\n", markdown_grid(*accuracy_table(outcomes, split))]
-        parts += [markdown_grid(*difference_table(outcomes, split))]
+        parts += [markdown_grid(*difference_table(outcomes, split, pairs))]
     parts += ["## Training\n", markdown_grid(*training_table(outcomes))]
     parts += [f"![accuracy by split]({PICTURE})\n"]
     write_atomic(out / REPORT, "\n".join(parts).encode())

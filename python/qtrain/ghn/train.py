@@ -22,17 +22,18 @@ from torch.nn import functional as F
 
 from ..data import Batch, Dataset
 from ..progress import Track
-from ..recipe import Recipe, TrainConfig, require
+from ..recipe import Recipe, TrainConfig, autocast, require
 from ..report import bits_name
-from ..rundir import MODEL, config_differences, file_digest
+from ..rundir import config_differences
 from ..seeds import generator
-from .checkpoint import load_ghn
+from .checkpoint import ghn_digest
 from .config import GhnConfig
 from .embedding import Bits
-from .evaluate import EvalPlan, evaluate_networks, node_bits
+from .evaluate import EvalPlan, evaluate_networks, told
 from .graph import Graph
 from .model import Ghn
 from .nets import NetPool, TrainNet
+from .prediction import as_ghn
 from .quantizers import FLOAT_BITS, Place, Quantizer, layer_bits, quantize_weights
 from .space import draw_nets, space_named, without_norm
 
@@ -121,15 +122,18 @@ class Start:
 
     @classmethod
     def load(cls, path: str | Path) -> Start:
-        """Raises: FileNotFoundError, ValueError: as `load_ghn`."""
-        path = Path(path)
-        ghn = load_ghn(path)
-        return cls(ghn, file_digest(path / MODEL if path.is_dir() else path))
+        """A run directory, a safetensors file or a public GHN-2's.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_ghn` and `load_public_ghn2`.
+        """
+        return cls(as_ghn(path), ghn_digest(Path(path)))
 
 
 class GhnRecipe(Recipe):
     """Trains a GHN in place of the model; `TrainConfig.model` is "ghn", and its options are those
-    of `GhnConfig`.
+    of `GhnConfig`. Logged beside the loss is that of the worst network, with several processes the
+    mean of theirs.
 
     With several processes each has its share of the networks, and of the images of each step (OUR
     choice: a network then sees batch_size / processes images).
@@ -153,6 +157,9 @@ class GhnRecipe(Recipe):
         settings = ghn_config(config, data)
         training, state = self.training, PartialState()
         self.rank, self.world = state.process_index, state.num_processes
+        rule = "no or bf16: the scaler of fp16 skips steps of its own"
+        half = config.mixed_precision == "fp16"
+        require(not half, "mixed_precision", rule, config.mixed_precision, "ghn")
         require(config.clip is not None, "clip", "set: the norm tells a bad step", None, "ghn")
         require(config.swa_start is None, "swa_start", "None", config.swa_start, "ghn")
         rule = f"a multiple of {self.world} processes"
@@ -224,7 +231,7 @@ class GhnRecipe(Recipe):
         )
         quantized = quantize_weights(predictions, widths, self.training.quantizer, places)
         losses = []
-        with autocast(self.config, x.device):
+        with autocast(self.config.mixed_precision, x.device):
             for net, weights, layers, place in zip(nets, quantized, widths, places, strict=True):
                 for name, inputs in net.inputs.items():
                     inputs.set(layers.get(name, FLOAT_BITS), place)
@@ -240,15 +247,8 @@ class GhnRecipe(Recipe):
         return mean
 
     def told(self, graph: Graph, layers: Mapping[str, int]) -> Bits:
-        """What the GHN is told: the width of the network, or that of each layer where they differ
-        (the first and the last apart, whose rule is the same for all)."""
-        if not self.known_bits:
-            return None
-        middle = set(list(layers.values())[1:-1])
-        told = {name: bits if bits in self.known_bits else None for name, bits in layers.items()}
-        if len(middle) > 1:
-            return node_bits(graph, told)
-        return next((bits for bits in middle if bits in self.known_bits), None)
+        """See `qtrain.ghn.evaluate.told`."""
+        return told(graph, layers, self.known_bits)
 
     def _watch(self, loss: Tensor) -> None:
         """Count exploding steps, without waiting for the device."""
@@ -286,6 +286,7 @@ class GhnRecipe(Recipe):
             methods=(quantizer.method,),
             first_last_bits=training.first_last_bits,
             percentile=quantizer.percentile or EvalPlan.percentile,
+            per_channel=quantizer.per_channel,
         )
         quiet = Track(0, "", quiet=True)
         found = evaluate_networks(model, self.held_out, self.data, plan, track=quiet)
@@ -314,7 +315,10 @@ def ghn_config(config: TrainConfig, data: Dataset) -> GhnConfig:
         ValueError: they ask for none, or for a GHN that there is not.
     """
     require(config.model == "ghn", "model", "ghn", config.model, "ghn")
-    return GhnConfig.from_dict({"classes": data.classes, **config.model_options})
+    try:
+        return GhnConfig.from_dict({"classes": data.classes, **config.model_options})
+    except TypeError as error:  # on the command line a setting of another kind is a slip
+        raise ValueError(str(error)) from error
 
 
 def require_start(start: GhnConfig, wanted: GhnConfig) -> None:
@@ -324,9 +328,3 @@ def require_start(start: GhnConfig, wanted: GhnConfig) -> None:
         start = replace(start, bit_widths=wanted.bit_widths)
     different = config_differences(start.to_dict(), wanted.to_dict())
     require(not different, "start", "a GHN of these settings", "; ".join(different), "ghn")
-
-
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The mixed precision of the run, for the networks: Accelerate has it for the GHN."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -21,10 +21,12 @@ from qkernels import foreach
 from qkernels.nn import quantizable_layers
 
 from ..data import load_dataset
+from ..progress import Track
 from ..recipe import require
 from ..report import REPORT, RESULTS, colour, figure, markdown_grid, save_figure
 from ..rundir import to_json, write_atomic
 from ..seeds import keeping_globals, seed_globals
+from .checkpoint import load_ghn
 from .prediction import predict
 from .run import settings_for
 from .space import Net, draw_nets
@@ -45,7 +47,7 @@ SOURCES = {
 
 
 @dataclass
-class Shape:
+class Layers:
     """The layers' weights from one source, over all networks and seeds.
 
     Attributes:
@@ -89,7 +91,7 @@ def layer_weights(model: nn.Module) -> list[Tensor]:
 
 def run_weights(
     plan: Plan, out: str | Path, *, seeds: Iterable[int] = range(3), jobs: int = 2
-) -> list[Shape]:
+) -> list[Layers]:
     """Train the GHNs that are not yet there, and write weights/report.md, results.json and a
     picture.
 
@@ -105,17 +107,19 @@ def run_weights(
     train_variants(slugs, plan, out, numbers, jobs)
     config, training = settings_for(plan.preset, train=plan.train)
     data = load_dataset(config.dataset, config.data_options)
-    shapes = [Shape(source) for source in SOURCES]
-    for seed in numbers:
-        nets = draw_nets(training.space, "id", seed + 1000, plan.nets, quiet=True)
-        for net in nets:
-            for shape in shapes:
-                model = _model(net, shape.source, seed, (data.channels, data.classes, data.size))
-                slug = SOURCES[shape.source]
-                if slug is not None:
-                    weights = predict(model, Job(slug, seed, plan, out).folder())
-                    model.load_state_dict(weights, strict=False)
-                shape.add(layer_weights(model))
+    shapes = [Layers(source) for source in SOURCES]
+    images = data.channels, data.classes, data.size
+    with Track(len(numbers) * plan.nets, "weights") as track:
+        for seed in numbers:
+            ghns = {slug: load_ghn(Job(slug, seed, plan, out).folder()) for slug in slugs}
+            for net in draw_nets(training.space, "id", seed + 1000, plan.nets, quiet=True):
+                for shape in shapes:
+                    model = _model(net, shape.source, seed, images)
+                    slug = SOURCES[shape.source]
+                    if slug is not None:
+                        model.load_state_dict(predict(model, ghns[slug]), strict=False)
+                    shape.add(layer_weights(model))
+                track.advance()
     _write(out / "weights", shapes, len(numbers) * plan.nets)
     return shapes
 
@@ -130,7 +134,7 @@ def _model(net: Net, source: str, seed: int, shape: tuple[int, int, int]) -> nn.
     return model
 
 
-def table(shapes: Sequence[Shape]) -> tuple[list[str], list[list[str]]]:
+def table(shapes: Sequence[Layers]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows): medians over layers, and between brackets the quartiles."""
     rows = []
     for shape in shapes:
@@ -146,7 +150,7 @@ def _quartiles(values: Sequence[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
-def _write(out: Path, shapes: Sequence[Shape], nets: int) -> None:
+def _write(out: Path, shapes: Sequence[Layers], nets: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _plot(out / PICTURE, shapes)
     text = f"""# Predicted weights beside random ones: {nets} networks of the id split
@@ -164,7 +168,7 @@ per channel, min-max) over the mean square; lower is better.
     write_atomic(out / RESULTS, to_json({"edges": EDGES, "shapes": found}))
 
 
-def _plot(path: Path, shapes: Sequence[Shape]) -> None:
+def _plot(path: Path, shapes: Sequence[Layers]) -> None:
     """Weights in standard deviations of their layer, all layers together; and beside it the size
     of layers."""
     canvas, (left, right) = figure(2)
