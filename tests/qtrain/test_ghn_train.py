@@ -304,7 +304,6 @@ def test_bad_training(changed, error, message):
         ),
         ({}, {"widht": 3}, "ghn: settings must be among .*, got widht"),
         ({}, {"width": 1.5}, "ghn: width must be a whole number, got 1.5"),
-        ({"mixed_precision": "fp16"}, {}, "ghn: mixed_precision must be no or bf16: .*, got fp16"),
     ],
 )
 def test_a_run_that_cannot_be_leaves_nothing(tmp_path, train, ghn, message):
@@ -312,6 +311,12 @@ def test_a_run_that_cannot_be_leaves_nothing(tmp_path, train, ghn, message):
     with pytest.raises(ValueError, match=message):
         run_ghn(config, training, tmp_path / "run", cpu=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_fp16_is_refused(data):
+    config, training = settings(train={"mixed_precision": "fp16"})
+    with pytest.raises(ValueError, match=r"ghn: mixed_precision must be no or bf16: .*, got fp16"):
+        GhnRecipe(training).bind(config, data)
 
 
 def test_another_model_is_refused(data):

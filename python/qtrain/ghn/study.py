@@ -261,7 +261,8 @@ def waves(slugs: Sequence[str]) -> list[list[str]]:
 
 
 def _outcome(job: Job, scores: list[NetScore]) -> Outcome:
-    records = [r for r in read_metrics(job.folder() / METRICS) if "loss" in r]
+    file = job.folder() / METRICS
+    records = [r for r in read_metrics(file) if "loss" in r] if file.exists() else []
     losses = [record["loss"] for record in records if record["loss"] is not None] or [math.nan]
     last = records[-1] if records else {"skipped": 0, "exploded": 0, "step": 0}
     return Outcome(

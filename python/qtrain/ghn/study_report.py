@@ -160,7 +160,9 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
         for number, variant in enumerate(variants):
             for place, split in enumerate(splits):
                 values = [
-                    100 * statistics.fmean(o.accuracies(split, way)) for o in _of(outcomes, variant)
+                    100 * statistics.fmean(o.accuracies(split, way))
+                    for o in _of(outcomes, variant)
+                    if o.scores
                 ]
                 at = place + 0.7 * ((number + 0.5) / len(variants) - 0.5)
                 label = variant if place == 0 else None
