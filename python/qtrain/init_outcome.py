@@ -23,7 +23,7 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Combination:
     """What differs between the runs of a seed."""
 

@@ -63,9 +63,14 @@ def name_cells(one: Combination) -> list[str]:
 
 
 def _plus_minus(values: Sequence[float], form: str) -> str:
-    mean, deviation = spread(values)
-    text = format(mean, form)
-    return text if len(values) == 1 else f"{text} ± {format(deviation, form)}"
+    mean, deviation = (format(value, form) for value in spread(values))
+    mean = _unsigned_zero(mean)
+    return mean if len(values) == 1 else f"{mean} ± {deviation}"
+
+
+def _unsigned_zero(text: str) -> str:
+    """ "-0.0", which a small negative number is printed as, without its sign."""
+    return text if float(text) else text.lstrip("-")
 
 
 def _float_cell(group: Sequence[Outcome]) -> str:
@@ -122,13 +127,17 @@ def side_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], list
     return [*NAMES, *_heads(columns)], rows
 
 
+def _mean_loss(mine: Sequence[Outcome], column: tuple[str, tuple[int, int]]) -> str:
+    return _unsigned_zero(f"{spread([o.loss(*column) for o in mine])[0]:.1f}") if mine else "-"
+
+
 def short_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) for the screen: means alone."""
     columns = together(plan)
     rows = []
     for one, group in grouped(outcomes).items():
         mine = trained(group)
-        losses = [f"{spread([o.loss(*c) for o in mine])[0]:.1f}" if mine else "-" for c in columns]
+        losses = [_mean_loss(mine, column) for column in columns]
         name = f"{one.block}{' BN' if one.batchnorm else ''} {one.initialiser}"
         rows.append([name, _float_cell(group).split(" ±")[0], *losses])
     short = {"channel": "ch", "tensor": "t"}
@@ -185,7 +194,7 @@ def _heat(axis: Any, grid: Any) -> None:
     most = 90
     axis.imshow(grid, cmap="viridis_r", vmin=0, vmax=most, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
-        text = "-" if math.isnan(value) else f"{value:.0f}"
+        text = "-" if math.isnan(value) else _unsigned_zero(f"{value:.0f}")
         ink = "white" if value > most / 2 else "black"
         look = {"color": ink, "ha": "center", "va": "center", "fontsize": "x-small"}
         axis.text(column, row, text, **look)
