@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _plus_minus(values: Sequence[float], form: str) -> str:
 
 def _unsigned_zero(text: str) -> str:
     """ "-0.0", which a small negative number is printed as, without its sign."""
-    return text if float(text) else text.lstrip("-")
+    return text if float(text) else text.lstrip("+-")
 
 
 def _float_cell(group: Sequence[Outcome]) -> str:
@@ -144,23 +144,53 @@ def short_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], lis
     return ["", "float", *(f"{bits_name(b)}\n{short[g]}" for g, b in columns)], rows
 
 
-def rank_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): Spearman's rank correlation of losses with ranges, over the runs of all
-    combinations that trained."""
-    mine = trained(outcomes)
+def law_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): loss with a uniform law less loss with the normal one of its standard
+    deviation, over blocks, BatchNorm and seeds where both trained."""
+    mine = {(o.combination, o.seed): o for o in trained(outcomes)}
+    pairs: dict[str, list[tuple[Outcome, Outcome]]] = {}
+    for (one, seed), outcome in mine.items():
+        twin = replace(one, initialiser=one.initialiser.replace("uniform", "normal"))
+        if twin != one and (twin, seed) in mine:
+            pairs.setdefault(one.initialiser, []).append((outcome, mine[twin, seed]))
+    columns = together(plan)
     rows = []
-    for granularity, bits in [*together(plan), *apart(plan)]:
-        losses = [o.loss(granularity, bits) for o in mine]
-        cells = [_correlation([o.widest(f) for o in mine], losses) for f in FIGURES.values()]
+    for name, some in pairs.items():
+        cells = []
+        for column in columns:
+            gaps = [uniform.loss(*column) - normal.loss(*column) for uniform, normal in some]
+            wins = f"{sum(gap < 0 for gap in gaps)} of {len(gaps)}"
+            cells.append(f"{_plus_minus(gaps, '+.1f')} ({wins})")
+        rows.append([f"{name} less {name.replace('uniform', 'normal')}", *cells])
+    return ["", *_heads(columns)], rows
+
+
+def rank_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): Spearman's rank correlation of losses with ranges among the runs of one
+    block with or without BatchNorm, mean over these nets: what differs among them is the
+    initialiser."""
+    nets: dict[tuple[str, bool], list[Outcome]] = {}
+    for outcome in trained(outcomes):
+        one = outcome.combination
+        nets.setdefault((one.block, one.batchnorm), []).append(outcome)
+    rows = []
+    for column in [*together(plan), *apart(plan)]:
+        cells = [_correlation(list(nets.values()), figure, column) for figure in FIGURES.values()]
+        granularity, bits = column
         rows.append([bits_name(bits), HEADS[granularity], *cells])
     return ["bits", "weights", *FIGURES], rows
 
 
-def _correlation(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    # of fewer than three runs, or of equal ones, there is none
-    if len(ours) < 3 or len(set(ours)) == 1 or len(set(theirs)) == 1:
-        return "-"
-    return f"{spearmanr(ours, theirs).statistic:+.2f}"
+def _correlation(
+    nets: Sequence[Sequence[Outcome]], figure: str, column: tuple[str, tuple[int, int]]
+) -> str:
+    found = []
+    for runs in nets:
+        ours, theirs = [o.widest(figure) for o in runs], [o.loss(*column) for o in runs]
+        # of fewer than three runs, or of equal ones, there is none
+        if len(runs) >= 3 and len(set(ours)) > 1 and len(set(theirs)) > 1:
+            found.append(float(spearmanr(ours, theirs).statistic))
+    return _unsigned_zero(f"{spread(found)[0]:+.2f}") if found else "-"
 
 
 def plot_study(path: Path, plan: Plan, outcomes: Sequence[Outcome]) -> None:
@@ -222,8 +252,14 @@ Nets of {len(base.model_options.get("widths", (0, 0, 0)))} blocks, {dict(base.mo
 The other side has {FINE} bits.
 
 {markdown_grid(*side_table(plan, outcomes), left=3)}
+## Uniform laws and normal ones of the same standard deviation
+Difference of the losses in points, mean ± standard deviation over blocks, BatchNorm and seeds where
+both trained, and in how many the uniform one loses less.
+
+{markdown_grid(*law_table(plan, outcomes), left=1)}
 ## Losses and ranges
-Spearman's rank correlation over all {len(trained(outcomes))} runs that trained.
+Spearman's rank correlation among the runs of a block with or without BatchNorm, mean over these
+nets ({len(trained(outcomes))} runs that trained).
 
 {markdown_grid(*rank_table(plan, outcomes), left=2)}
 ## Runs that did not train

@@ -10,7 +10,14 @@ from qtrain import init_study
 from qtrain.data import load_dataset
 from qtrain.init_blocks import BlockNet
 from qtrain.init_outcome import METHODS, Combination, LayerRange, Outcome, layer_ranges
-from qtrain.init_report import main_table, rank_table, report_text, short_table, side_table
+from qtrain.init_report import (
+    law_table,
+    main_table,
+    rank_table,
+    report_text,
+    short_table,
+    side_table,
+)
 from qtrain.init_study import Plan, run_study, run_task, settings_for, tasks
 from qtrain.loop import evaluate
 from qtrain.ptq import calibration_images, sweep
@@ -189,10 +196,17 @@ def test_tables():
     assert columns[3:] == ["W2A16\nper channel", "W2A16\nper tensor", "W16A2\nper channel"]
     assert rows[1][3:] == ["20.0", "40.0", "20.0"]
     assert short_table(plan, outcomes)[1][3] == ["conv BN normal_large", "90.0", "-", "-"]
-    # losses rise with max w; all the other figures are equal
+    # the seeds that both trained: 40 - 10 points, half of that per channel
+    assert law_table(plan, outcomes)[1] == [
+        ["he_uniform less he_normal", "+15.0 (0 of 1)", "+30.0 (0 of 1)"]
+    ]
+    # losses rise with max w; all the other figures are equal. One run without BatchNorm has no rank
     assert rank_table(plan, outcomes)[1][1] == ["W2A2", "per tensor", "+1.00", "-", "-", "-", "-"]
+    falling = [outcome_of("he_normal", s, -s, batchnorm=False, weight=s + 1) for s in range(1, 4)]
+    mixed = rank_table(plan, [*outcomes, *falling])[1][1]
+    assert mixed == ["W2A2", "per tensor", "0.00", "-", "-", "-", "-"]
     text = report_text(tiny(), plan, outcomes)
-    assert "over all 4 runs that trained" in text and f"he_uniform, seed 1: {short}" in text
+    assert "4 runs that trained" in text and f"he_uniform, seed 1: {short}" in text
 
 
 def test_settings():
