@@ -63,9 +63,8 @@ def name_cells(one: Combination) -> list[str]:
 
 
 def _plus_minus(values: Sequence[float], form: str) -> str:
-    mean, deviation = (format(value, form) for value in spread(values))
-    mean = _unsigned_zero(mean)
-    return mean if len(values) == 1 else f"{mean} ± {deviation}"
+    mean, deviation = (_unsigned_zero(format(value, form)) for value in spread(values))
+    return mean if len(values) == 1 else f"{mean} ± {deviation.lstrip('+')}"
 
 
 def _unsigned_zero(text: str) -> str:

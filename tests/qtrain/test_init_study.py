@@ -200,6 +200,8 @@ def test_tables():
     assert law_table(plan, outcomes)[1] == [
         ["he_uniform less he_normal", "+15.0 (0 of 1)", "+30.0 (0 of 1)"]
     ]
+    both = [*outcomes, outcome_of("he_uniform", 2, 30), outcome_of("he_normal", 2, 40)]
+    assert law_table(plan, both)[1][0][2] == "+10.0 ± 28.3 (1 of 2)"
     # losses rise with max w; all the other figures are equal. One run without BatchNorm has no rank
     assert rank_table(plan, outcomes)[1][1] == ["W2A2", "per tensor", "+1.00", "-", "-", "-", "-"]
     falling = [outcome_of("he_normal", s, -s, batchnorm=False, weight=s + 1) for s in range(1, 4)]
