@@ -32,8 +32,8 @@ FIGURES = {
 }
 NOTES = """\
 trained: in how many seeds the net trained: its loss stayed finite, and its accuracy is at least
-halfway between chance and 100 %. What follows is the mean ± standard deviation over these; where
-there are none, "float" is over the others and there is no loss to speak of.
+halfway between chance and 100 %. What follows is the mean ± standard deviation over these (of
+ranges the mean); where there are none, "float" is over the others and there is no loss to speak of.
 
 WnAm: loss of test accuracy in points, float less quantized, with weights of n bits (symmetric) and
 layer inputs of m bits (affine, per tensor), min-max ranges, BatchNorm folded; per channel and per
@@ -109,7 +109,7 @@ def main_table(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[str], list
     for one, group in grouped(outcomes).items():
         mine = trained(group)
         ranges = [
-            _plus_minus([o.widest(figure) for o in mine], ".3g") if mine else "-"
+            f"{spread([o.widest(figure) for o in mine])[0]:.3g}" if mine else "-"
             for figure in FIGURES.values()
         ]
         count = f"{len(mine)} of {len(group)}"
