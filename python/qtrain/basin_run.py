@@ -21,9 +21,9 @@ from .basin_train import Batches, LoaderBatches, SplitBatches, as_pair, require_
 from .data import Batch, Dataset, load_dataset
 from .flatness import sample_batches
 from .hessian import CrossEntropy, Loss, Objective, cross_entropy, standing_still
-from .loop import evaluate, new_model
+from .loop import evaluate
 from .ptq import calibration_images
-from .recipe import TrainConfig, require
+from .recipe import TrainConfig, new_model, require
 from .report import REPORT, RESULTS, reading_results, row_dicts
 from .rundir import RunDir, to_json, write_atomic
 from .seeds import keeping_globals

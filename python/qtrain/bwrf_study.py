@@ -18,10 +18,10 @@ from .bwrf_config import BwrfConfig
 from .bwrf_run import Bwrf
 from .data import load_dataset
 from .dnq_run import DEEP_CNN
-from .loop import TrainResult, new_model, train
+from .loop import TrainResult, train
 from .progress import Track
 from .qat import Qat, qat_qconfig
-from .recipe import Recipe, TrainConfig, changed_settings, require
+from .recipe import Recipe, TrainConfig, changed_settings, new_model, require
 from .report import bits_name
 from .rundir import RunDir, read_json, to_json, write_atomic
 from .source import FloatSource

@@ -1,4 +1,4 @@
-"""``qtrain demo``: float training, PTQ and QAT of a small CNN on real digits, in one table."""
+"""``qtrain demo``: a small CNN on real digits, quantized by every method, in one table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
+from .bwrf_config import BwrfConfig
+from .bwrf_run import Bwrf
 from .data import Dataset, batch_count, load_dataset
+from .dnq import Dnq, DnqConfig
+from .dnq_run import phases, settings_for
+from .ghn.prediction_file import ModelToPredict, write_prediction
+from .ghn.quantizers import Quantizer
+from .ghn.run import run_ghn
+from .ghn.run import settings_for as ghn_settings
 from .loop import TrainResult, train
 from .progress import Track
 from .ptq import ptq_qconfig
@@ -36,6 +44,8 @@ from .rundir import METRICS, MODEL, RunDir, read_metrics, to_json, write_atomic
 from .source import FloatSource
 from .timing import WARM_UP, median_step_seconds
 
+# breaks the symmetry of predicted channels
+NOISE = 0.05
 QAT_NAMES = {"minmax": "QAT min-max STE", "lsq": "QAT LSQ"}
 
 
@@ -45,6 +55,10 @@ class DemoConfig:
 
     float_run: TrainConfig
     qat_run: TrainConfig
+    dnq_epochs: int = 40
+    ghn_epochs: int = 12
+    ghn_nets: int = 64
+    ghn_meta_batch: int = 8
     ptq_bits: tuple[int, ...] = (8, 4, 2)
     qat_bits: tuple[int, ...] = (4, 2)
     timing_rounds: int = 200
@@ -63,6 +77,8 @@ class DemoConfig:
         return cls(
             float_run=replace(usual.float_run, epochs=6),
             qat_run=replace(usual.qat_run, epochs=4),
+            dnq_epochs=4,
+            ghn_epochs=1,
             timing_rounds=10,
         )
 
@@ -89,7 +105,7 @@ def run_demo(
     data = load_dataset(config.float_run.dataset, config.float_run.data_options)
     run.create()
     with _one_thread(), Track(_work(config, data), "demo") as track:
-        stages = list(_stages(config, run.path, cpu, track))
+        stages = list(Stages(config, run.path, cpu, track).all())
         seconds = _time_steps(config, stages, track)
         rows = [_row(stage, seconds) for stage in stages]
         write_report(config, run, rows, stages)
@@ -123,32 +139,104 @@ class Stage:
 def _work(config: DemoConfig, data: Dataset) -> int:
     """Steps of all stages: what the progress bar counts."""
     per_epoch = batch_count(data.train, config.float_run.batch_size)
-    qat_runs = len(config.qat_bits) * len(QAT_NAMES)
-    training = per_epoch * (config.float_run.epochs + qat_runs * config.qat_run.epochs)
-    return training + len(config.ptq_bits) + WARM_UP + config.timing_rounds
+    # BWRF and the start from a GHN beside those of QAT_NAMES
+    qat_epochs = len(config.qat_bits) * (len(QAT_NAMES) + 2) * config.qat_run.epochs
+    others = len(config.qat_bits) * config.dnq_epochs + config.ghn_epochs
+    training = per_epoch * (config.float_run.epochs + qat_epochs + others)
+    ptq = len(config.ptq_bits) + len(config.qat_bits)
+    return training + ptq + WARM_UP + config.timing_rounds
 
 
-def _stages(config: DemoConfig, out: Path, cpu: bool, track: Track) -> Iterator[Stage]:
-    track.relabel("float training")
-    recipe = Recipe()
-    trained = train(config.float_run, recipe, out / "float", cpu=cpu, track=track)
-    yield Stage("float", "float", None, recipe, trained)
-    source = FloatSource.load(out / "float")
-    for bits in config.ptq_bits:
-        name = f"ptq_w{bits}a{bits}"
-        track.relabel(f"PTQ {bits_name((bits, bits))}")
-        how = PtqOptions(batch_size=config.qat_run.batch_size, seed=config.qat_run.seed)
+@dataclass(frozen=True)
+class Stages:
+    """The demo's runs, each in a directory of its own in ``out``."""
+
+    config: DemoConfig
+    out: Path
+    cpu: bool
+    track: Track
+
+    def all(self) -> Iterator[Stage]:
+        recipe = Recipe()
+        trained = self._train("float", "float training", self.config.float_run, recipe)
+        yield Stage("float", "float", None, recipe, trained)
+        source = FloatSource.load(self.out / "float")
+        for bits in self.config.ptq_bits:
+            yield self._ptq(f"ptq_w{bits}a{bits}", "PTQ", bits, source)
+        for bits in self.config.qat_bits:
+            for method, title in QAT_NAMES.items():
+                yield self._qat(f"qat_{method}_w{bits}a{bits}", title, bits, source, method)
+        for bits in self.config.qat_bits:
+            yield self._bwrf(bits, source)
+        for bits in self.config.qat_bits:
+            yield self._dnq(bits)
+        yield from self._from_ghn()
+
+    def _train(self, name: str, title: str, config: TrainConfig, recipe: Recipe) -> TrainResult:
+        self.track.relabel(title)
+        return train(config, recipe, self.out / name, cpu=self.cpu, track=self.track)
+
+    def _ptq(self, name: str, title: str, bits: int, source: FloatSource) -> Stage:
+        self.track.relabel(f"{title} {bits_name((bits, bits))}")
+        how = PtqOptions(batch_size=self.config.qat_run.batch_size, seed=self.config.qat_run.seed)
         quantizer = ptq_qconfig("minmax", bits, bits)
-        result = run_ptq(source, quantizer, out / name, how, data=trained.data)
-        yield Stage(name, "PTQ", bits, None, result)
-        track.advance()
-    for bits in config.qat_bits:
-        for method, title in QAT_NAMES.items():
-            name = f"qat_{method}_w{bits}a{bits}"
-            track.relabel(f"{title} {bits_name((bits, bits))}")
-            recipe = Qat(source, qat_qconfig(method, bits, bits))
-            result = train(config.qat_run, recipe, out / name, cpu=cpu, track=track)
-            yield Stage(name, title, bits, recipe, result)
+        result = run_ptq(source, quantizer, self.out / name, how, cpu=self.cpu)
+        self.track.advance()
+        return Stage(name, title, bits, None, result)
+
+    def _qat(self, name: str, title: str, bits: int, source: FloatSource, method: str) -> Stage:
+        recipe = Qat(source, qat_qconfig(method, bits, bits))
+        label = f"{title} {bits_name((bits, bits))}"
+        return Stage(
+            name, title, bits, recipe, self._train(name, label, self.config.qat_run, recipe)
+        )
+
+    def _bwrf(self, bits: int, source: FloatSource) -> Stage:
+        name, recipe = (
+            f"bwrf_w{bits}a{bits}",
+            Bwrf(source, qat_qconfig("lsq", bits, bits), BwrfConfig()),
+        )
+        label = f"BWRF {bits_name((bits, bits))}"
+        result = self._train(name, label, self.config.qat_run, recipe)
+        return Stage(name, "BWRF LSQ", bits, None, result)
+
+    def _dnq(self, bits: int) -> Stage:
+        """Float training under the noise of this width, then PTQ."""
+        config, epochs = self.config.float_run, self.config.dnq_epochs
+        shape = {"model": config.model, "model_options": config.model_options}
+        run = settings_for("digits", **shape, epochs=epochs, eval_every=epochs, seed=config.seed)
+        recipe = Dnq(DnqConfig(weight_bits=bits, activation_bits=bits, **phases(epochs)))
+        name = f"dnq_w{bits}a{bits}"
+        self._train(f"{name}_float", f"DNQ {bits_name((bits, bits))}", run, recipe)
+        return self._ptq(name, "DNQ, PTQ", bits, FloatSource.load(self.out / f"{name}_float"))
+
+    def _from_ghn(self) -> Iterator[Stage]:
+        """LSQ from weights that a GHN predicted, which has seen other networks of the width."""
+        config, how = self.config.float_run, self.config
+        bits = tuple(sorted(how.qat_bits))
+        run, training = ghn_settings(
+            "digits",
+            train={"epochs": how.ghn_epochs, "eval_every": how.ghn_epochs, "seed": config.seed},
+            ghn={"bit_widths": True},
+            training={
+                "quantizer": Quantizer("paper"),
+                "bits": bits,
+                "nets": how.ghn_nets,
+                "meta_batch": how.ghn_meta_batch,
+                "held_out": 2,
+            },
+        )
+        self.track.relabel("GHN-QAT")
+        run_ghn(run, training, self.out / "ghn", cpu=self.cpu, track=self.track)
+        wanted = ModelToPredict(config.model, config.model_options, "digits")
+        for width in how.qat_bits:
+            name = f"ghn_w{width}a{width}"
+            file = self.out / f"{name}_start.safetensors"
+            options: dict[str, Any] = {"bits": width, "noise": NOISE, "seed": config.seed}
+            write_prediction(
+                wanted, file, self.out / "ghn", **options, overwrite=True, cpu=self.cpu
+            )
+            yield self._qat(name, "LSQ, GHN-QAT start", width, FloatSource.load(file), "lsq")
 
 
 def _time_steps(config: DemoConfig, stages: list[Stage], track: Track) -> dict[str, float]:
@@ -222,6 +310,12 @@ def _report_text(config: DemoConfig, rows: list[Row], data: Dataset) -> str:
 - PTQ: BatchNorm folded, min-max ranges from 8 batches, no training. QAT: {then.epochs} epochs from
   the float model ({start.epochs} epochs). Min-max STE takes the range of the weights at hand and a
   moving average of the inputs' range; LSQ learns its scales.
+- BWRF: LSQ as above, beside mixed networks whose blocks are the float model's (docs/bwrf.md).
+- DNQ: {config.dnq_epochs} epochs of float training under the noise of that width, then PTQ as above
+  (docs/dnq.md).
+- GHN-QAT start: LSQ as above, from weights that a hypernetwork predicted for this net, which it has
+  not seen, after {config.ghn_epochs} epochs of training on {config.ghn_nets} other nets
+  (docs/ghn.md). There is no float training before it.
 - s / step: median of {config.timing_rounds} training steps (forward, backward, optimizer; batch of
   {then.batch_size}), float and QAT steps taking turns in one run. PTQ does not train. The net is
   tiny, so its ratio is largely the fixed cost of a call; larger layers have a smaller one.

@@ -16,10 +16,9 @@ from qkernels.numeric import DEFAULT_PERCENTILE
 
 from .data import load_dataset
 from .error_model import SAMPLES, Errors, LayerErrors, error_model, error_qconfigs, work
-from .loop import new_model
 from .progress import Track
 from .ptq import calibration_images
-from .recipe import TrainConfig
+from .recipe import TrainConfig, new_model
 from .report import (
     PALETTE,
     REPORT,

@@ -37,9 +37,8 @@ from .hessian import (
     standing_still,
     top_eigenvalue,
 )
-from .loop import new_model
 from .progress import Track
-from .recipe import TrainConfig
+from .recipe import TrainConfig, new_model
 from .seeds import generator
 from .source import FloatSource
 

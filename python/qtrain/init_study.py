@@ -17,11 +17,11 @@ from .data import Dataset, load_dataset
 from .init_blocks import BLOCKS
 from .init_outcome import METHODS, Combination, Outcome, layer_ranges
 from .initialisers import INITIALISERS, Initialised
-from .loop import TrainResult, new_model, train
+from .loop import TrainResult, train
 from .progress import Track
 from .ptq import calibration_images, ptq_qconfig, sweep
 from .ptq_run import IMAGES
-from .recipe import TrainConfig, changed_settings, require
+from .recipe import TrainConfig, changed_settings, new_model, require
 from .report import RESULTS, Row, reading_results
 from .rundir import RunDir, to_json, write_atomic
 from .study import run_all

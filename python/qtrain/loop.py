@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from .data import Batch, Dataset, Split, batch_count, eval_batches, load_dataset, train_batches
-from .models import build_model
 from .progress import Track
 from .recipe import Recipe, TrainConfig, learning_rate, make_optimizer, require
 from .rundir import RunDir, load_model_file
@@ -39,17 +39,26 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     backward: Callable[[Tensor], None] = Tensor.backward,
-    clip: Callable[[], Any] | None = None,
-) -> Tensor:
-    """Forward, backward and update; returns the detached loss. Reads nothing back."""
+    clip: Callable[[], Tensor] | None = None,
+    scaled: bool = False,
+) -> Tensor | None:
+    """Forward, backward and update; returns the detached loss, or None if the recipe refused the
+    step. Reads nothing back, unless the recipe does.
+
+    Args:
+        clip: clips the gradients and returns the norm that they had.
+        scaled: the optimizer is one with a scaler of the loss (fp16). It does not move where a
+            gradient is not finite, but must be called, or the scale would never become smaller.
+    """
     optimizer.zero_grad()
     with recipe.perturbation(step):
         loss = recipe.loss(model, batch, step)
         backward(loss)
-    if clip is not None:
-        clip()
-    optimizer.step()
-    return loss.detach()
+    norm = clip() if clip is not None else None
+    accepted = recipe.accepts(loss.detach(), norm)
+    if accepted or scaled:
+        optimizer.step()
+    return loss.detach() if accepted else None
 
 
 @torch.no_grad()
@@ -119,12 +128,19 @@ def train(
         return loop.finish()
 
 
-def make_accelerator(config: TrainConfig, cpu: bool) -> Accelerator:
-    """One process, or those that torchrun or ``accelerate launch`` started."""
+def make_accelerator(config: TrainConfig, cpu: bool, sparse: bool = False) -> Accelerator:
+    """One process, or those that torchrun or ``accelerate launch`` started.
+
+    Args:
+        sparse: some parameters may have no gradient in a step.
+    """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     # without a GPU Accelerate joins the processes only if it is told to use the CPU
     cpu = cpu or (asked > 1 and not torch.cuda.is_available())
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=sparse)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, cpu=cpu, kwargs_handlers=[ddp]
+    )
     have = accelerator.num_processes
     lonely = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if have == 1 and lonely and "RANK" not in os.environ:
@@ -136,17 +152,6 @@ def make_accelerator(config: TrainConfig, cpu: bool) -> Accelerator:
         )
     require(have == asked, "processes", f"the {asked} that were launched", have)
     return accelerator
-
-
-def new_model(config: TrainConfig, data: Dataset) -> nn.Module:
-    """The config's model, made for the dataset, with fresh weights."""
-    return build_model(
-        config.model,
-        channels=data.channels,
-        classes=data.classes,
-        size=data.size,
-        options=config.model_options,
-    )
 
 
 def reestimate_batchnorm(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
@@ -169,7 +174,7 @@ class Loop:
         self, config: TrainConfig, recipe: Recipe, out: str | Path, *, overwrite: bool, cpu: bool
     ) -> None:
         self.config, self.recipe = config, recipe
-        accelerator = make_accelerator(config, cpu)
+        accelerator = make_accelerator(config, cpu, recipe.sparse)
         self.accelerator, world = accelerator, accelerator.num_processes
         require(
             config.batch_size % world == 0,
@@ -190,8 +195,7 @@ class Loop:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         seed_globals(config.seed, 0, "init")
-        model = new_model(config, data)
-        model = recipe.setup(model).to(accelerator.device)
+        model = recipe.setup(recipe.build(config, data)).to(accelerator.device)
         self.run.create()
         accelerator.wait_for_everyone()
         self._start(model, self.run.load_checkpoint())
@@ -212,8 +216,8 @@ class Loop:
         self.plain = self.accelerator.unwrap_model(self.model)
         self.step = 0
         self.scores: Any = None  # of a run that was finished before
-        # the loss and its parts, since the last line of the log
-        self.loss_sum = torch.zeros(1 + len(recipe.parts), device=self.accelerator.device)
+        # steps made, the loss and its parts, since the last line of the log
+        self.loss_sum = torch.zeros(2 + len(recipe.parts), device=self.accelerator.device)
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step = saved["step"]
@@ -261,8 +265,10 @@ class Loop:
             self.optimizer,
             backward=accelerator.backward,
             clip=self._clip if config.clip else None,
+            scaled=accelerator.scaler is not None,
         )
-        self.loss_sum += torch.stack([loss, *self.recipe.part_values])
+        if loss is not None:
+            self.loss_sum += torch.stack([torch.ones_like(loss), loss, *self.recipe.part_values])
         self.recipe.on_step_end(self.plain, self.step)
         self.step += 1
         epochs, within = divmod(self.step, self.per_epoch)
@@ -285,24 +291,32 @@ class Loop:
             for buffer in self.plain.buffers():
                 torch.distributed.broadcast(buffer, 0)
         workers = self.config.workers
-        scores = evaluate(self.plain, self.data.test, accelerator=self.accelerator, workers=workers)
+        scores = self.recipe.scores(self.plain, self.step)
+        if scores is None:
+            scores = evaluate(
+                self.plain, self.data.test, accelerator=self.accelerator, workers=workers
+            )
         self.run.append({"step": self.step, "epoch": epoch, **scores})
 
-    def _clip(self) -> None:
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+    def _clip(self) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        assert norm is not None, "no sharded parameters here"
+        return norm
 
     def _log(self, epoch: int, rate: float) -> None:
         """The mean loss since the last line; the one place that waits for the device."""
-        count = (self.step - 1) % self.config.log_every + 1
-        loss, *parts = (self.accelerator.reduce(self.loss_sum, "mean") / count).tolist()
+        count, *sums = self.accelerator.reduce(self.loss_sum, "mean").tolist()
         self.loss_sum.zero_()
-        if not math.isfinite(loss):
+        # None where the recipe refused every step
+        loss, *parts = [total / count if count else None for total in sums]
+        if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(
                 f"train: loss must be finite, got {loss} at step {self.step} of {self.run.path} "
                 f"(lr {rate:.3g}); try a smaller lr, or clip"
             )
         named = dict(zip(self.recipe.parts, parts, strict=True))
-        self.run.append({"step": self.step, "epoch": epoch, "lr": rate, "loss": loss, **named})
+        record = {"step": self.step, "epoch": epoch, "lr": rate, "loss": loss}
+        self.run.append({**record, **named, **self.recipe.counts()})
 
     def _save(self) -> None:
         scaler = self.accelerator.scaler

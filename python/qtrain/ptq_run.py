@@ -14,10 +14,10 @@ from torch import nn
 from qkernels.nn import QConfig, fold_batchnorm, prepare
 
 from .data import Batch, Dataset, load_dataset
-from .loop import TrainResult, evaluate, new_model
+from .loop import TrainResult, evaluate
 from .progress import Track
 from .ptq import Rounding, Within, as_rounding, calibration_images, quantize, row_name
-from .recipe import TrainConfig
+from .recipe import TrainConfig, new_model
 from .report import (
     ACCURACY,
     REPORT,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import Batch, Dataset
+from .models import build_model
 
 # a setting's annotation -> what it may be, and how to say so
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -25,12 +26,18 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
+# schedule "steps": shares of the steps after which the rate falls to a tenth
+DROPS = (2 / 3, 5 / 6)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All that decides a run's result, save the recipe.
 
     Attributes:
         lr: peak learning rate; ``warmup`` is the share of steps in which it rises to that.
+        schedule: after the warm-up "cosine" (to 0), "constant", or "steps" (a tenth after two
+            thirds and after five sixths of the steps).
         momentum, nesterov: of SGD; AdamW has its usual betas.
         label_smoothing: share of the target that is spread over all classes, in training.
         clip: largest norm of the gradient; None: as it comes.
@@ -88,7 +95,7 @@ class TrainConfig:
         require(swa is None or 0 <= swa < 1, "swa_start", "in [0, 1)", swa)
         for name, known in (
             ("optimizer", ("sgd", "adamw")),
-            ("schedule", ("cosine", "constant")),
+            ("schedule", ("cosine", "constant", "steps")),
             ("mixed_precision", ("no", "fp16", "bf16")),
         ):
             value = getattr(self, name)
@@ -115,6 +122,17 @@ def changed_settings(preset: Mapping[str, Any], changed: Mapping[str, Any]) -> T
     return TrainConfig(**settings)
 
 
+def new_model(config: TrainConfig, data: Dataset) -> nn.Module:
+    """The config's model, made for the dataset, with fresh weights."""
+    return build_model(
+        config.model,
+        channels=data.channels,
+        classes=data.classes,
+        size=data.size,
+        options=config.model_options,
+    )
+
+
 class Recipe:
     """Float training; a trainer overrides what it changes."""
 
@@ -122,6 +140,8 @@ class Recipe:
     # what the loss consists of, logged beside it; `loss` then leaves the detached values behind
     parts: tuple[str, ...] = ()
     part_values: Sequence[Tensor] = ()
+    # whether a step may leave some parameters without a gradient
+    sparse = False
     # until a run binds the recipe to its own
     config = TrainConfig()
 
@@ -136,6 +156,10 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """What of the recipe decides the result: JSON-able, becomes part of the run's config."""
         return {"name": self.name}
+
+    def build(self, config: TrainConfig, data: Dataset) -> nn.Module:
+        """The float model, with fresh weights from the global generators; also on resume."""
+        return new_model(config, data)
 
     def setup(self, model: nn.Module) -> nn.Module:
         """The structure to train, made from the fresh float model; also on resume."""
@@ -160,11 +184,25 @@ class Recipe:
         x, y = batch
         return F.cross_entropy(model(x), y, label_smoothing=self.config.label_smoothing)
 
+    def accepts(self, loss: Tensor, norm: Tensor | None) -> bool:
+        """Whether the optimizer may move after this loss and norm of the gradient (None where the
+        config does not clip); the same on all ranks."""
+        return True
+
     def on_step_end(self, model: nn.Module, step: int) -> None:
         """After the optimizer's step."""
 
     def before_evaluation(self, model: nn.Module, step: int) -> None:
         """Before the model is evaluated in training, after ``step`` steps."""
+
+    def scores(self, model: nn.Module, step: int) -> Mapping[str, float] | None:
+        """test_loss and test_accuracy after ``step`` steps, the same on all ranks; None: those of
+        the model on the test split."""
+        return None
+
+    def counts(self) -> Mapping[str, int]:
+        """What is logged beside the loss, the same on all ranks."""
+        return {}
 
     def finish(self, model: nn.Module) -> nn.Module:
         """The trained model (with SWA the average) as it is to be saved."""
@@ -207,4 +245,6 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.lr * (step + 1) / math.ceil(warm)
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "steps":
+        return config.lr * 0.1 ** sum(step >= share * total for share in DROPS)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))

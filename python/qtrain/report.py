@@ -139,7 +139,7 @@ def plot_curves(path: Path, runs: Mapping[str, list[dict[str, Any]]]) -> None:
     canvas, (left, right) = figure(2)
     for number, (name, records) in enumerate(runs.items()):
         shade = PALETTE[number % len(PALETTE)]
-        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
         test = [(r["step"], 100 * r["test_accuracy"]) for r in records if "test_accuracy" in r]
         if train:
             left.plot(*zip(*train, strict=True), label=name, color=shade, linewidth=1.3)

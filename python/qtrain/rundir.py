@@ -214,10 +214,17 @@ class RunDir:
     def save_model(self, state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Write model.safetensors; ``meta`` goes into its header under the key "qtrain"."""
         if self.writer:
-            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-            # one sorted string: the header's bytes then do not depend on a map's order
-            header = {"qtrain": json.dumps(meta, sort_keys=True)}
-            write_atomic(self.file(MODEL), safetensors_save(tensors, metadata=header))
+            write_model_file(self.file(MODEL), state, meta)
+
+
+def write_model_file(
+    path: Path, state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+) -> None:
+    """What `load_model_file` reads; the file is there in full or not at all."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    # one sorted string: the header's bytes then do not depend on a map's order
+    header = {"qtrain": json.dumps(meta, sort_keys=True)}
+    write_atomic(path, safetensors_save(tensors, metadata=header))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

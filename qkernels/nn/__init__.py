@@ -23,7 +23,13 @@ from qkernels.nn.partial import (
     QDropFakeQuantize,
     QuantNoiseFakeQuantize,
 )
-from qkernels.nn.prepare import float_state_dict, prepare, remove, set_quantization
+from qkernels.nn.prepare import (
+    float_state_dict,
+    prepare,
+    quantizable_layers,
+    remove,
+    set_quantization,
+)
 from qkernels.nn.qconfig import QConfig
 from qkernels.nn.quant_spec import QuantSpec
 from qkernels.nn.rounding import SoftRounding
@@ -50,6 +56,7 @@ __all__ = [
     "fold_batchnorm",
     "noise_handles",
     "prepare",
+    "quantizable_layers",
     "remove",
     "set_quantization",
 ]

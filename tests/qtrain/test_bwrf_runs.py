@@ -9,9 +9,8 @@ import torch
 from qtrain.bwrf_config import BwrfConfig
 from qtrain.bwrf_run import Bwrf
 from qtrain.data import load_dataset
-from qtrain.loop import new_model
 from qtrain.qat import Qat, qat_qconfig
-from qtrain.recipe import Recipe
+from qtrain.recipe import Recipe, new_model
 from qtrain.rundir import CONFIG, METRICS, MODEL, load_model_file, read_metrics
 from qtrain.source import FloatSource
 from test_commands import call, one_line

@@ -12,7 +12,8 @@ from qtrain.rundir import load_model_file, read_metrics
 from typer.testing import CliRunner
 
 STAGES = ["float", "ptq_w8a8", "ptq_w4a4", "ptq_w2a2"]
-STAGES += [f"qat_{method}_w{bits}a{bits}" for bits in (4, 2) for method in ("minmax", "lsq")]
+STAGES += [f"qat_{method}_w{bits}a{bits}" for bits in (2,) for method in ("minmax", "lsq")]
+STAGES += [f"{method}_w{bits}a{bits}" for method in ("bwrf", "dnq", "ghn") for bits in (2,)]
 
 
 def call(*arguments):
@@ -27,6 +28,10 @@ def little():
         quick,
         float_run=replace(quick.float_run, epochs=3),
         qat_run=replace(quick.qat_run, epochs=2),
+        qat_bits=(2,),
+        dnq_epochs=4,
+        ghn_nets=2,
+        ghn_meta_batch=2,
         timing_rounds=3,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -60,12 +65,12 @@ def test_table(finished):
     out, printed = finished
     rows = json.loads((out / "results.json").read_text())["rows"]
     widths = [row["bits"] and row["bits"][0] for row in rows]
-    assert widths == [None, 8, 4, 2, 4, 4, 2, 2]
+    assert widths == [None, 8, 4, 2, 2, 2, 2, 2, 2]
     report = (out / "report.md").read_text()
     for row in rows:
-        timed = row["method"] == "float" or row["method"].startswith("QAT")
-        assert (row["step_seconds"] is not None) == timed
-        assert (row["step_ratio"] is not None) == row["method"].startswith("QAT")
+        quantized = row["method"].startswith(("QAT", "LSQ"))
+        assert (row["step_seconds"] is not None) == (quantized or row["method"] == "float")
+        assert (row["step_ratio"] is not None) == quantized
         assert f"| {row['method']} |" in report and row["method"].split()[0] in printed
         assert 0 < row["accuracy"] <= 1 and row["loss"] > 0
     assert all(column in report for column in COLUMNS)
@@ -80,7 +85,7 @@ def test_again(finished):
     outcome = call("--quick", "--cpu", "--out", str(out))
     assert outcome.exit_code == 0 and "finished demo" in outcome.output
     table = [line for line in first.splitlines() if line.startswith("│")]
-    assert len(table) == 8 and all(line in outcome.output for line in table)
+    assert len(table) == 9 and all(line in outcome.output for line in table)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     report = CliRunner().invoke(app, ["report", str(out)])
     assert all(line in report.output for line in table)
@@ -109,7 +114,7 @@ def test_goes_on_where_it_stopped(finished, little, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             demo.run_demo(little, other, cpu=True)
         trained = {p: p.stat().st_mtime_ns for p in other.glob("*/checkpoint.pt")}
-    assert len(trained) == 5 and not (other / "results.json").exists()
+    assert len(trained) == 7 and not (other / "results.json").exists()
     demo.run_demo(little, other, cpu=True)
     assert {p: p.stat().st_mtime_ns for p in trained} == trained
     assert (other / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()

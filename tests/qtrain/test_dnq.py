@@ -8,9 +8,9 @@ import torch
 from qtrain import dnq as dnq_module
 from qtrain.data import load_dataset
 from qtrain.dnq import Dnq, DnqConfig
-from qtrain.loop import new_model, train
+from qtrain.loop import train
 from qtrain.ptq import quantize_after_training
-from qtrain.recipe import TrainConfig
+from qtrain.recipe import TrainConfig, new_model
 from qtrain.simulate import discrete_noise, input_errors, joined, weight_errors
 from test_nn_graph import NoReadBack
 from torch.nn import functional as F

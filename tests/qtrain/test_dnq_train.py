@@ -6,11 +6,11 @@ import pytest
 import torch
 from qtrain.data import load_dataset
 from qtrain.dnq import Dnq, DnqConfig
-from qtrain.loop import evaluate, new_model, reestimate_batchnorm, train
+from qtrain.loop import evaluate, reestimate_batchnorm, train
 from qtrain.models import MODELS
 from qtrain.progress import Track
 from qtrain.ptq import calibration_images, quantize_after_training
-from qtrain.recipe import Recipe
+from qtrain.recipe import Recipe, new_model
 from qtrain.rundir import METRICS, MODEL, load_model_file
 from qtrain.source import FloatSource
 from test_dnq import NOISY, settings

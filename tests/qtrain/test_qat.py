@@ -9,9 +9,9 @@ import torch
 from qtrain.adaround import learn_rounding
 from qtrain.cli import app
 from qtrain.data import load_dataset
-from qtrain.loop import evaluate, new_model
+from qtrain.loop import evaluate
 from qtrain.qat import METHODS, Qat, qat_qconfig
-from qtrain.recipe import Recipe, make_optimizer
+from qtrain.recipe import Recipe, make_optimizer, new_model
 from qtrain.rundir import METRICS, MODEL, load_model_file
 from qtrain.source import FloatSource
 from test_quantize import CONFIG, QAT_CONFIG, Killed, run

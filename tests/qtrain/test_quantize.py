@@ -7,12 +7,12 @@ import pytest
 import torch
 from qtrain.data import load_dataset
 from qtrain.demo import DemoConfig
-from qtrain.loop import evaluate, new_model, train
+from qtrain.loop import evaluate, train
 from qtrain.progress import Track
 from qtrain.ptq import ptq_qconfig
 from qtrain.ptq_run import PtqOptions, run_ptq
 from qtrain.qat import Qat, qat_qconfig, scale_parameters
-from qtrain.recipe import Recipe, TrainConfig, make_optimizer
+from qtrain.recipe import Recipe, TrainConfig, make_optimizer, new_model
 from qtrain.rundir import METRICS, MODEL, load_model_file, read_metrics
 from qtrain.source import FloatSource
 from safetensors.torch import save_file

@@ -6,9 +6,8 @@ import pytest
 import torch
 from qtrain import progress
 from qtrain.data import load_dataset
-from qtrain.loop import new_model
 from qtrain.progress import Track
-from qtrain.recipe import Recipe, TrainConfig
+from qtrain.recipe import Recipe, TrainConfig, new_model
 from qtrain.report import Row, markdown_table, plot_accuracy, plot_curves, read_rows, row_dicts
 from qtrain.timing import WARM_UP, median_step_seconds
 

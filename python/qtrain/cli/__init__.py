@@ -2,7 +2,20 @@
 what they share."""
 
 # each import adds its commands to the app; this is the order of --help
-from . import train, ptq, dnq, error_model, bias_toy, flatness, bwrf, basin, ghn  # noqa: I001
+from . import (  # noqa: I001
+    train,
+    ptq,
+    dnq,
+    error_model,
+    bias_toy,
+    flatness,
+    bwrf,
+    basin,
+    ghn_train,
+    ghn_use,
+    ghn,
+    ghn_study,
+)
 from .app import app
 from .options import parse_settings
 
@@ -15,6 +28,9 @@ __all__ = [
     "error_model",
     "flatness",
     "ghn",
+    "ghn_study",
+    "ghn_train",
+    "ghn_use",
     "main",
     "parse_settings",
     "ptq",

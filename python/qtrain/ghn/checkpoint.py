@@ -67,12 +67,18 @@ def load_ghn(path: str | Path, config: GhnConfig | None = None) -> Ghn:
         ValueError: damaged, not of a GHN, or of another configuration (the keys are named).
     """
     weights, meta = load_model_file(path)
-    settings = meta.get("ghn")
-    if not isinstance(settings, Mapping):
+    settings = settings_in(meta)
+    if settings is None:
         raise ValueError(f"checkpoint: {path} must be of a GHN, got a file without its settings")
     found = GhnConfig.from_dict(settings)
     _require_config(path, found, config)
     return _filled(path, found, weights)
+
+
+def settings_in(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of the GHN in a file's header: one of `save_ghn`, or of a training run."""
+    run = meta.get("train", {})
+    return run.get("model_options") if run.get("model") == "ghn" else meta.get("ghn")
 
 
 def load_public_ghn2(path: str | Path, config: GhnConfig | None = None) -> Ghn:

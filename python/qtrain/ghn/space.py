@@ -221,6 +221,18 @@ def draw_net(space: Space | str, split: str, seed: int, index: int) -> Net:
     return Net(space.name, split, seed, index, draw, parameters, spec)
 
 
+def without_norm(net: Net) -> Net:
+    """The network without BatchNorm, its convolutions with biases instead; the genotype stays.
+
+    Raises:
+        ValueError: a ViT, which has none.
+    """
+    spec = net.spec
+    if not isinstance(spec, ConvSpec):
+        raise ValueError(f"ghn-space: network must be one with BatchNorm, got one of {net.space}")
+    return replace(net, spec=replace(spec, norm=False))
+
+
 def draw_spec(
     space: Space | str, split: str, seed: int, index: int
 ) -> tuple[ConvSpec | VitSpec, int]:

@@ -1,0 +1,157 @@
+"""Tables and a picture of `qtrain ghn-study`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report import REPORT, RESULTS, colour, figure, markdown_grid, save_figure
+from ..rundir import to_json, write_atomic
+from ..study import spread
+from .evaluate import NetScore
+
+PICTURE = "accuracy.png"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A variant with a seed.
+
+    Attributes:
+        loss, highest: the last and the highest of the logged training losses.
+        skipped, exploded: steps whose gradient was not finite, and whose loss exploded.
+    """
+
+    variant: str
+    seed: int
+    scores: tuple[NetScore, ...]
+    loss: float
+    highest: float
+    skipped: int
+    exploded: int
+    steps: int
+
+    def accuracies(self, split: str, way: tuple[str, str]) -> list[float]:
+        """Of the networks of a split, at (width, ranges)."""
+        return [s.accuracy for s in self.scores if (s.split, (s.bits, s.method)) == (split, way)]
+
+
+def _ways(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((s.bits, s.method) for o in outcomes for s in o.scores))
+
+
+def _splits(outcomes: Sequence[Outcome]) -> list[str]:
+    return list(dict.fromkeys(s.split for o in outcomes for s in o.scores))
+
+
+def _of(outcomes: Sequence[Outcome], variant: str) -> list[Outcome]:
+    return [o for o in outcomes if o.variant == variant]
+
+
+def _way_name(way: tuple[str, str]) -> str:
+    return " ".join(part for part in way if part)
+
+
+def accuracy_table(outcomes: Sequence[Outcome], split: str) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): the mean over a split's networks, its mean and standard deviation over
+    seeds, and after a slash the best network of all, in %."""
+    ways = _ways(outcomes)
+    rows = []
+    for variant in dict.fromkeys(o.variant for o in outcomes):
+        cells = []
+        for way in ways:
+            nets = [o.accuracies(split, way) for o in _of(outcomes, variant)]
+            mean, sd = spread([statistics.fmean(values) for values in nets])
+            best = max(max(values) for values in nets)
+            cells.append(f"{100 * mean:.1f} ± {100 * sd:.1f} / {100 * best:.1f}")
+        rows.append([variant, *cells])
+    return ["GHN", *map(_way_name, ways)], rows
+
+
+def difference_table(outcomes: Sequence[Outcome], split: str) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): differences of the means over networks to the first variant in points, seed
+    by seed: mean, standard deviation, and in how many seeds the variant was better."""
+    ways = _ways(outcomes)
+    first, *others = dict.fromkeys(o.variant for o in outcomes)
+    rows = []
+    for variant in others:
+        cells = []
+        for way in ways:
+            gaps = [
+                statistics.fmean(ours.accuracies(split, way))
+                - statistics.fmean(theirs.accuracies(split, way))
+                for ours, theirs in zip(_of(outcomes, variant), _of(outcomes, first), strict=True)
+            ]
+            mean, sd = spread(gaps)
+            wins = sum(gap > 0 for gap in gaps)
+            cells.append(f"{100 * mean:+.1f} ± {100 * sd:.1f} ({wins} of {len(gaps)})")
+        rows.append([variant, *cells])
+    return [f"minus {first}", *map(_way_name, ways)], rows
+
+
+def training_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): how the training went, over seeds."""
+    rows = []
+    for variant in dict.fromkeys(o.variant for o in outcomes):
+        mine = _of(outcomes, variant)
+        mean, sd = spread([o.loss for o in mine])
+        highest = max(o.highest for o in mine)
+        counts = [", ".join(str(getattr(o, n)) for o in mine) for n in ("skipped", "exploded")]
+        rows.append([variant, str(mine[0].steps), f"{mean:.3f} ± {sd:.3f}", f"{highest:.2f}"])
+        rows[-1] += counts
+    return ["GHN", "steps", "last loss", "highest loss", "skipped", "exploded"], rows
+
+
+def write_report(
+    name: str, preset: str, outcomes: Sequence[Outcome], out: Path, plan: Mapping[str, Any]
+) -> None:
+    """accuracy.png, report.md and, last, results.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = sorted({o.seed for o in outcomes})
+    plot(out / PICTURE, outcomes)
+    nets = len({(s.seed, s.index) for s in outcomes[0].scores if s.split == "id"})
+    parts = [
+        f"# qtrain ghn-study {name}: {preset}\n",
+        f"Test accuracy in % of networks with predicted weights: mean over the networks of a split "
+        f"({nets} of each for a seed),\nits mean ± standard deviation over {len(seeds)} seeds "
+        f"({', '.join(map(str, seeds))}) / the best network of all.\n",
+    ]
+    for split in _splits(outcomes):
+        parts += [f"## {split}\n", markdown_grid(*accuracy_table(outcomes, split))]
+        parts += [markdown_grid(*difference_table(outcomes, split))]
+    parts += ["## Training\n", markdown_grid(*training_table(outcomes))]
+    parts += [f"![accuracy by split]({PICTURE})\n"]
+    write_atomic(out / REPORT, "\n".join(parts).encode())
+    results = {"study": name, "plan": plan, "outcomes": [asdict(o) for o in outcomes]}
+    write_atomic(out / RESULTS, to_json(results))
+
+
+def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """A panel per width and kind of range, splits along the axis, a colour for each variant: its
+    mean over networks, a dot for each seed."""
+    ways, splits = _ways(outcomes), _splits(outcomes)
+    variants = list(dict.fromkeys(o.variant for o in outcomes))
+    columns = min(4, len(ways))
+    canvas, grid = figure(columns, -(-len(ways) // columns), width=3.2, height=2.6)
+    axes = [grid] if len(ways) == 1 else grid.reshape(-1)
+    for axis, way in zip(axes, ways, strict=False):
+        for number, variant in enumerate(variants):
+            for place, split in enumerate(splits):
+                values = [
+                    100 * statistics.fmean(o.accuracies(split, way)) for o in _of(outcomes, variant)
+                ]
+                at = place + 0.7 * ((number + 0.5) / len(variants) - 0.5)
+                label = variant if place == 0 else None
+                axis.plot(
+                    [at] * len(values), values, "o", color=colour(number), markersize=3, label=label
+                )
+        axis.set_xticks(range(len(splits)), splits, fontsize="small")
+        axis.set(title=_way_name(way), ylabel="test accuracy, %")
+        axis.grid(alpha=0.3, axis="y")
+    for axis in axes[len(ways) :]:
+        axis.axis("off")
+    canvas.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside upper right")
+    save_figure(canvas, path)

@@ -1,0 +1,169 @@
+"""Studies of GHNs: what they train, what they read back, and their tables."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from qtrain.data import load_dataset
+from qtrain.ghn import weights_study
+from qtrain.ghn.evaluate import EvalPlan, NetScore
+from qtrain.ghn.prediction import predict
+from qtrain.ghn.start_study import Curve, arms_of, default_qat, run_starts
+from qtrain.ghn.start_study import Plan as StartPlan
+from qtrain.ghn.start_study import table as start_table
+from qtrain.ghn.study import STUDIES, Plan, run_study, waves
+from qtrain.ghn.study_report import (
+    Outcome,
+    accuracy_table,
+    difference_table,
+    training_table,
+)
+from qtrain.recipe import new_model
+from qtrain.rundir import MODEL, load_model_file, read_json
+
+import qkernels
+
+TINY = {"width": 16, "heads": 2, "layers": 1, "max_shape": [8, 8, 3, 3]}
+PLAN = Plan(
+    epochs=1,
+    tuning_epochs=1,
+    train={"batch_size": 400, "log_every": 1, "model_options": TINY},
+    training={"nets": 2, "meta_batch": 2, "held_out": 1},
+    nets=1,
+    splits=("id", "bn-free"),
+    evaluation=EvalPlan(bits=(4,), methods=("minmax",), batchnorm_images=64, range_images=64),
+)
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    STUDIES["small"] = ("w4",)
+    yield out, run_study("small", PLAN, out, seeds=range(1), jobs=1)
+    del STUDIES["small"]
+
+
+def test_a_study_trains_evaluates_and_is_read_back(studied):
+    out, outcomes = studied
+    assert [o.variant for o in outcomes] == ["GHN-QAT W4A4, SimQuant"]
+    runs = {path.parent.parent.name for path in out.glob("runs/*/seed0/" + MODEL)}
+    assert runs == {"q", "w4"}
+    config = read_json(out / "runs" / "w4" / "seed0" / "config.json")
+    training = config["recipe"]["training"]
+    assert training["quantizer"]["kind"] == "sim" and training["bits"] == [4]
+    assert config["recipe"]["start"] is not None and config["train"]["lr"] == 1e-3
+    assert (out / "small" / "accuracy.png").stat().st_size > 10_000
+    text = (out / "small" / "report.md").read_text()
+    assert "## bn-free" in text and "GHN-QAT W4A4, SimQuant" in text
+    before = {path: path.stat().st_mtime_ns for path in out.glob(f"runs/*/*/{MODEL}")}
+    assert run_study("small", PLAN, out, seeds=range(1), jobs=1) == outcomes
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob(f"runs/*/*/{MODEL}")}
+    counted = read_json(out / "small" / "results.json")["outcomes"][0]
+    assert counted["skipped"] == 0 and counted["steps"] == 3
+
+
+def test_qat_from_predicted_weights_shares_the_runs(studied):
+    out, _ = studied
+    qat = default_qat("digits", {})
+    short = qat.__class__(**{**vars(qat), "epochs": 1, "batch_size": 400})
+    plan = StartPlan(PLAN, short, bits=(4,), noise=0.1, goals=(0.01, 1.0))
+    curves = run_starts(plan, out, seeds=range(1), jobs=1)
+    assert [c.arm for c in curves] == [arm.name for arm in arms_of(4, 0.1)]
+    assert all([step for step, _ in c.points] == [3] for c in curves)
+    starts = {
+        name: load_model_file(out / "start" / "w4a4" / name / "start0.safetensors")[0]
+        for name in ("random-0", "q-0", "q-0.1", "w4-0", "w4-0.1")
+    }
+    model = new_model(short, load_dataset("digits"))
+    for slug in ("q", "w4"):
+        weights = predict(model, out / "runs" / slug / "seed0")
+        noisy = predict(model, out / "runs" / slug / "seed0", noise=0.1)
+        for name, value in weights.items():
+            assert torch.equal(value, starts[f"{slug}-0"][name])
+            assert torch.equal(noisy[name], starts[f"{slug}-0.1"][name])
+    first = "features.0.0.weight"
+    assert not torch.equal(starts["random-0"][first], starts["q-0"][first])
+    assert (out / "start" / "report.md").exists()
+
+
+def test_weights_beside_random_ones(studied, monkeypatch):
+    out, _ = studied
+    sources = {"torch's default": None, "He, normal": None, "GHN-Q": "q"}
+    monkeypatch.setattr(weights_study, "SOURCES", sources)
+    shapes = {s.source: s for s in weights_study.run_weights(PLAN, out, seeds=range(1), jobs=1)}
+    he, default = shapes["He, normal"], shapes["torch's default"]
+    # torch's default is uniform, of variance 1 / (3 fan_in)
+    assert statistics.median(he.size) == pytest.approx(1, abs=0.1)
+    assert statistics.median(default.size) == pytest.approx(6**-0.5, abs=0.05)
+    assert statistics.median(default.tails) == pytest.approx(-1.2, abs=0.2)
+    assert statistics.median(he.noise[4]) > statistics.median(default.noise[4])
+    assert len(shapes["GHN-Q"].size) == len(he.size) == len(default.size)
+    assert (out / "weights" / "weights.png").stat().st_size > 10_000
+
+
+def test_a_layer_by_hand():
+    shape = weights_study.Shape("by hand")
+    w = torch.tensor([[-0.5, 0.25, 0.5], [1.0, -0.75, -0.5]])
+    shape.add([w])
+    mean_square = w.square().mean().item()
+    assert shape.size == [pytest.approx(mean_square**0.5 / (2 / 3) ** 0.5)]
+    assert shape.peak == [pytest.approx(1 / mean_square**0.5)]
+    rounded = qkernels.fake_quant(w, bits=2, axis=0, symmetric=True)
+    share = (rounded - w).square().mean().item() / mean_square
+    assert shape.noise[2] == [pytest.approx(10 * math.log10(share))]
+    assert shape.counts.sum() == 6
+
+
+def test_waves_come_after_what_they_start_from():
+    assert waves(STUDIES["heads"]) == [["q", "low"], ["w4", "w2", "low-w4", "low-w2"]]
+    assert waves(("w4",)) == [["q"], ["w4"]]
+    for slugs in STUDIES.values():
+        assert {slug for wave in waves(slugs) for slug in wave} >= set(slugs)
+
+
+def outcome(variant, seed, accuracies, **changed):
+    scores = tuple(
+        NetScore("id", 5, i, bits, method, a, 1.0)
+        for (bits, method), nets in accuracies.items()
+        for i, a in enumerate(nets)
+    )
+    numbers = {"loss": 1.0, "highest": 3.0, "skipped": 0, "exploded": 0, "steps": 7}
+    return Outcome(variant, seed, scores, **{**numbers, **changed})
+
+
+def test_tables_by_hand():
+    way = ("W4A4", "minmax")
+    found = [
+        outcome("a", 0, {("FP32", ""): [0.5, 0.7], way: [0.2, 0.4]}),
+        outcome("a", 1, {("FP32", ""): [0.8, 0.8], way: [0.3, 0.3]}),
+        outcome("b", 0, {("FP32", ""): [0.7, 0.9], way: [0.5, 0.3]}, skipped=2, loss=2.0),
+        outcome("b", 1, {("FP32", ""): [0.7, 0.7], way: [0.3, 0.3]}, highest=9.0),
+    ]
+    columns, rows = accuracy_table(found, "id")
+    assert columns == ["GHN", "FP32", "W4A4 minmax"]
+    assert rows[0] == ["a", "70.0 ± 14.1 / 80.0", "30.0 ± 0.0 / 40.0"]
+    columns, rows = difference_table(found, "id")
+    assert columns[0] == "minus a"
+    assert rows == [["b", "+5.0 ± 21.2 (1 of 2)", "+5.0 ± 7.1 (1 of 2)"]]
+    assert training_table(found)[1][1] == ["b", "7", "1.500 ± 0.707", "9.00", "2, 0", "0, 0"]
+
+
+def test_steps_to_an_accuracy_by_hand():
+    points = ((20, 0.4), (40, 0.92), (60, 0.91))
+    curves = [Curve("a", 4, 0, points), Curve("a", 4, 1, ((20, 0.95), (40, 0.5), (60, 0.89)))]
+    assert curves[0].steps_to(0.9) == 40 and curves[0].steps_to(0.95) == math.inf
+    columns, rows = start_table(curves, (0.9, 0.95, 0.99))
+    assert columns[2:5] == ["steps to 90 %", "steps to 95 %", "steps to 99 %"]
+    assert rows[0][:5] == ["W4A4", "a", "30 ± 14", "20 ± nan, 1 never", "never"]
+    assert rows[0][5:] == ["67.5 ± 38.9", "90.0 ± 1.4"]
+
+
+def test_bad_studies(tmp_path):
+    with pytest.raises(ValueError, match=r"ghn-study: study must be one of .*, got 'all'"):
+        run_study("all", PLAN, tmp_path / "x")
+    with pytest.raises(ValueError, match="ghn-study: seeds must be at least one, got none"):
+        run_study("heads", PLAN, tmp_path / "x", seeds=[])
+    with pytest.raises(ValueError, match="ghn-start: bits must be of 8, 4 and 2"):
+        StartPlan(PLAN, default_qat("digits", {}), bits=(3,))
+    assert not (tmp_path / "x").exists()
