@@ -21,7 +21,7 @@ from .dnq_run import DEEP_CNN
 from .loop import TrainResult, train
 from .progress import Track
 from .qat import Qat, qat_qconfig
-from .recipe import Recipe, TrainConfig, new_model, require
+from .recipe import Recipe, TrainConfig, changed_settings, new_model, require
 from .report import bits_name
 from .rundir import RunDir, read_json, to_json, write_atomic
 from .source import FloatSource
@@ -163,11 +163,7 @@ def settings_for(dataset: str, **changed: Any) -> TrainConfig:
         ValueError: a bad setting.
     """
     settings = {"dataset": dataset, "epochs": 10, "lr": 3e-3, **PRESETS.get(dataset, {})}
-    for name, options in (("model", "model_options"), ("dataset", "data_options")):
-        same = changed.get(name, settings.get(name)) == settings.get(name)
-        kept = settings.get(options, {}) if same else {}
-        changed[options] = {**kept, **changed.get(options, {})}
-    return TrainConfig(**{**settings, **changed})
+    return changed_settings(settings, changed)
 
 
 def count_blocks(config: TrainConfig) -> int:

@@ -13,13 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def _conv_bn(
-    inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, groups: int = 1
+def conv_bn(
+    inputs: int,
+    outputs: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    batchnorm: bool = True,
 ) -> nn.Sequential:
+    """A convolution, padded so that only the stride changes the image, and BatchNorm; without
+    BatchNorm it has a bias instead."""
     conv = nn.Conv2d(
-        inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+        inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=not batchnorm
     )
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs)) if batchnorm else nn.Sequential(conv)
 
 
 class Cnn(nn.Module):
@@ -43,7 +51,7 @@ class Cnn(nn.Module):
             )
         blocks: list[nn.Module] = []
         for width, stride in zip(widths, strides, strict=True):
-            blocks.append(nn.Sequential(*_conv_bn(channels, width, stride=stride), nn.ReLU()))
+            blocks.append(nn.Sequential(*conv_bn(channels, width, stride=stride), nn.ReLU()))
             channels = width
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, classes)
@@ -52,17 +60,21 @@ class Cnn(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+def shortcut(inputs: int, outputs: int, stride: int, batchnorm: bool = True) -> nn.Module:
+    """The identity, or a 1x1 convolution where the shape changes."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return conv_bn(inputs, outputs, kernel=1, stride=stride, batchnorm=batchnorm)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (He 2015), 1x1 where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, batchnorm: bool = True) -> None:
         super().__init__()
-        self.first = _conv_bn(inputs, outputs, stride=stride)
-        self.second = _conv_bn(outputs, outputs)
-        same = stride == 1 and inputs == outputs
-        self.shortcut = (
-            nn.Identity() if same else _conv_bn(inputs, outputs, kernel=1, stride=stride)
-        )
+        self.first = conv_bn(inputs, outputs, stride=stride, batchnorm=batchnorm)
+        self.second = conv_bn(outputs, outputs, batchnorm=batchnorm)
+        self.shortcut = shortcut(inputs, outputs, stride, batchnorm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.first(x))
@@ -74,7 +86,7 @@ class ResNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, blocks: int, width: int = 16) -> None:
         super().__init__()
-        self.stem = _conv_bn(channels, width)
+        self.stem = conv_bn(channels, width)
         stages: list[nn.Module] = []
         inputs = width
         for stage in range(3):
@@ -95,9 +107,9 @@ class InvertedBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, expand: int = 4) -> None:
         super().__init__()
         inner = inputs * expand
-        self.up = _conv_bn(inputs, inner, kernel=1)
-        self.depthwise = _conv_bn(inner, inner, stride=stride, groups=inner)
-        self.down = _conv_bn(inner, outputs, kernel=1)
+        self.up = conv_bn(inputs, inner, kernel=1)
+        self.depthwise = conv_bn(inner, inner, stride=stride, groups=inner)
+        self.down = conv_bn(inner, outputs, kernel=1)
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +123,7 @@ class Mobile(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.stem = _conv_bn(channels, 16)
+        self.stem = conv_bn(channels, 16)
         plan = ((16, 1), (24, 2), (24, 1), (40, 2), (40, 1))
         blocks: list[nn.Module] = []
         inputs = 16
@@ -182,12 +194,19 @@ class Vit(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
+def _block_net(channels: int, classes: int, size: int, **options: Any) -> nn.Module:
+    from .init_blocks import BlockNet  # which is made of what is here
+
+    return BlockNet(channels, classes, **options)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": lambda channels, classes, size, **o: Cnn(channels, classes, **o),
     "resnet8": lambda channels, classes, size, **o: ResNet(channels, classes, 1, **o),
     "resnet20": lambda channels, classes, size, **o: ResNet(channels, classes, 3, **o),
     "mobile": lambda channels, classes, size, **o: Mobile(channels, classes, **o),
     "vit_tiny": Vit,
+    "blocknet": _block_net,
 }
 
 

@@ -44,6 +44,7 @@ def ptq_qconfig(
     activation_method: str | None = None,
     percentile: float | None = None,
     first_last_bits: int | None = 8,
+    per_tensor: bool = False,
 ) -> QConfig:
     """Weights symmetric per channel, activations affine per tensor, with ranges that are kept.
 
@@ -53,6 +54,7 @@ def ptq_qconfig(
         weight_method, activation_method: instead of ``method``, for one of the two.
         percentile: for the ranges by percentile: in (50, 100]; None: qkernels' default.
         first_last_bits: the first and last layer get at least so many; None: as the others.
+        per_tensor: one scale for each weight, and not one for each of its output channels.
 
     Raises:
         ValueError: unknown method; bits or percentile out of range; a percentile without use.
@@ -72,12 +74,11 @@ def ptq_qconfig(
         share = percentile if sides[side] == "percentile" else None
         return spec and replace(spec, method=sides[side], percentile=share)
 
-    config = replace(
-        base,
-        weight=ranged(base.weight, "weight"),
-        activation=ranged(base.activation, "activation"),
-    )
-    return keep_weight_ranges(config)
+    weight = ranged(base.weight, "weight")
+    if per_tensor and weight is not None:
+        weight = replace(weight, axis=None)
+    activation = ranged(base.activation, "activation")
+    return keep_weight_ranges(replace(base, weight=weight, activation=activation))
 
 
 def keep_weight_ranges(qconfig: QConfig) -> QConfig:
@@ -189,11 +190,14 @@ def quantize(
 
 
 def row_name(qconfig: QConfig, *, fold: bool = True, rounding: Rounding = "nearest") -> str:
-    """What a table calls it: "PTQ minmax", "AdaRound mse", "PTQ mse/minmax, unfolded"."""
+    """What a table calls it: "PTQ minmax", "AdaRound mse, per tensor", "PTQ mse/minmax, unfolded".
+    Unless it says so, scales of weights are per channel."""
     specs = (qconfig.weight, qconfig.activation)
     methods = list(dict.fromkeys(spec.method for spec in specs if spec is not None))
     how = "PTQ" if as_rounding(rounding) is None else "AdaRound"
-    return f"{how} {'/'.join(methods)}{'' if fold else ', unfolded'}"
+    coarse = qconfig.weight is not None and not qconfig.weight.per_channel
+    notes = [", per tensor"] * coarse + [", unfolded"] * (not fold)
+    return f"{how} {'/'.join(methods)}{''.join(notes)}"
 
 
 class Within(Track):
@@ -219,6 +223,7 @@ def sweep(
     adaround: AdaRound | None = None,
     first_last_bits: int | None = 8,
     percentile: float = 99.9,
+    per_tensor: bool = False,
     seed: int = 0,
     track: Track | None = None,
 ) -> list[Row]:
@@ -232,6 +237,7 @@ def sweep(
         bits: of (weights, activations).
         adaround: its settings, to do it too, once for each of ``bits``: ranges by mse, folded (if
             ``folds`` has it); None: not.
+        per_tensor: see `ptq_qconfig`.
         percentile: for that method. On our nets for the digits 99.9 did better than 99 and 99.99.
         seed: of AdaRound.
         track: a progress bar to advance by 1 for each model evaluated; None: one of our own.
@@ -247,7 +253,11 @@ def sweep(
     ways: list[tuple[str, bool, Rounding]] = [(m, f, "nearest") for f in folds for m in methods]
     if adaround is not None:
         ways.append(("mse", True in folds, adaround))
-    shared: dict[str, Any] = {"percentile": percentile, "first_last_bits": first_last_bits}
+    shared: dict[str, Any] = {
+        "percentile": percentile,
+        "first_last_bits": first_last_bits,
+        "per_tensor": per_tensor,
+    }
     configs = [_qconfigs(method, bits, **shared) for method, _, _ in ways]
     bases = {fold: fold_batchnorm(model) if fold else model for fold in folds}
     score = evaluation if callable(evaluation) else partial(evaluate, split=evaluation)
@@ -266,11 +276,10 @@ def sweep(
 
 
 def _qconfigs(
-    method: str, bits: Sequence[tuple[int, int]], *, percentile: float, first_last_bits: int | None
+    method: str, bits: Sequence[tuple[int, int]], *, percentile: float, **shared: Any
 ) -> list[QConfig]:
     share = percentile if method == "percentile" else None
-    options: dict[str, Any] = {"percentile": share, "first_last_bits": first_last_bits}
-    return [ptq_qconfig(method, *pair, **options) for pair in bits]
+    return [ptq_qconfig(method, *pair, percentile=share, **shared) for pair in bits]
 
 
 def _in_each(

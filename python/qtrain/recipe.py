@@ -108,6 +108,20 @@ def require(holds: bool, name: str, rule: str, value: Any, op: str = "train") ->
         raise ValueError(f"{op}: {name} must be {rule}, got {value}")
 
 
+def changed_settings(preset: Mapping[str, Any], changed: Mapping[str, Any]) -> TrainConfig:
+    """Settings of a preset, and what differs. Another model or dataset starts without the preset's
+    options for its own; other options are added to those.
+
+    Raises:
+        ValueError: a bad setting.
+    """
+    settings = {**preset, **changed}
+    for name, options in (("model", "model_options"), ("dataset", "data_options")):
+        kept = preset.get(options, {}) if settings.get(name) == preset.get(name) else {}
+        settings[options] = {**kept, **changed.get(options, {})}
+    return TrainConfig(**settings)
+
+
 def new_model(config: TrainConfig, data: Dataset) -> nn.Module:
     """The config's model, made for the dataset, with fresh weights."""
     return build_model(
