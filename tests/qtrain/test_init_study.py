@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-import qtrain.cli.init_study  # noqa: F401  adds the command
 from qtrain import init_study
 from qtrain.data import load_dataset
 from qtrain.init_blocks import BlockNet

@@ -97,17 +97,15 @@ class EvalPlan:
 
     def _alike(self, method: str, bits: int) -> QConfig:
         cut = method == "percentile"
-        config = ptq_qconfig(
+        return ptq_qconfig(
             method,
             bits,
             bits,
             weight_method="minmax" if cut else None,
             percentile=self.percentile if cut else None,
             first_last_bits=self.first_last_bits,
+            per_tensor=not self.per_channel,
         )
-        if self.per_channel or config.weight is None:
-            return config
-        return replace(config, weight=replace(config.weight, axis=None))
 
     @property
     def mixed_name(self) -> str:
