@@ -56,7 +56,7 @@ class DemoConfig:
     float_run: TrainConfig
     qat_run: TrainConfig
     dnq_epochs: int = 40
-    ghn_epochs: int = 12
+    ghn_epochs: int = 6
     ghn_nets: int = 64
     ghn_meta_batch: int = 8
     ptq_bits: tuple[int, ...] = (8, 4, 2)

@@ -36,7 +36,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"space": "paper", "nets": KEPT},
     },
     "digits": {
-        "train": {"dataset": "digits", "epochs": 100, "eval_every": 20, "lr": 2e-3},
+        # of half as many images a step costs less, and twice the steps gained more
+        "train": {
+            "dataset": "digits",
+            "epochs": 50,
+            "batch_size": 32,
+            "eval_every": 10,
+            "lr": 2e-3,
+        },
         "ghn": SMALL,
         "training": {"space": "digits"},
     },
