@@ -131,7 +131,13 @@ def bench_ghn_step(benchmark: Any, encoder: str) -> None:
     moved = [n for n, p in steps.model.named_parameters() if not torch.equal(p, first[n])]
     assert steps.recipe.skipped == 0 and len(moved) > 0.9 * len(first), "the step does not train"
     bars = (Bar("whole step", 1 / 0.15),) if encoder == "graphormer, tiled" else ()
-    race(benchmark, steps.predict, {"whole step": steps.step}, bars=bars)
+    predicted = sum(w.numel() for weights in steps.predict() for w in weights.values())
+    moved_bytes = 4 * (predicted + sum(p.numel() for p in steps.model.parameters()))
+    work = Work(
+        "ghn_predict", "qtrain", encoder, "float32", (8, predicted), "list", "cpu", moved_bytes,
+        "read the GHN, write the weights: 4 (P + N)", moved_bytes, "bar", "8 networks", predicted,
+    )  # fmt: skip
+    race(benchmark, steps.predict, {"whole step": steps.step}, bars=bars, work=work, memory=False)
     seconds = benchmark.extra_info.get("rivals_us", {}).get("whole step", 0.0) / 1e6
     asked = f" (asked at most 0.5: {'met' if seconds <= 0.5 else 'MISSED'})" if bars else ""
     benchmark.extra_info["figures"] = {f"s, training step{asked}": round(seconds, 3)}
