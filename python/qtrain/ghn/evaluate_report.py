@@ -74,6 +74,7 @@ def notes(ghn: Ghn, ground: Ground, plan: EvalPlan, scores: Sequence[NetScore]) 
     widths = ", ".join(map(str, ghn.config.bit_widths))
     told = f"told the width, of {widths}" if widths else "not told the width"
     images, ranges = (sum(len(y) for _, y in b) for b in (ground.batchnorm, ground.ranges))
+    grain = "per channel" if plan.per_channel else "per tensor"
     ends = "as the others"
     if plan.first_last_bits is not None:
         ends = f"at least {plan.first_last_bits} bits"
@@ -82,14 +83,16 @@ def notes(ghn: Ghn, ground: Ground, plan: EvalPlan, scores: Sequence[NetScore]) 
         f"{', '.join(f'{count} networks of {split}' for split, count in nets.items())}.",
         f"The GHN was {told}. BatchNorm: statistics of {images} training images, folded into the "
         "layers before quantization.",
-        "WnAn: weights of n bits (symmetric, per channel), layer inputs of n bits (affine, per "
+        f"WnAn: weights of n bits (symmetric, {grain}), layer inputs of n bits (affine, per "
         f"tensor), their ranges from {ranges} training images; first and last layer {ends}.",
         f"Chance is {100 / ground.data.classes:.1f} %. Not finite: networks with logits of NaN or "
         "inf; they count in the accuracies, not in the loss.",
     ]
     if "percentile" in plan.methods:
         low, high = 100 - plan.percentile, plan.percentile
-        lines.append(f"percentile: ranges from percentile {low:g} to {high:g}, weights' too.")
+        lines.append(
+            f"percentile: ranges from percentile {low:g} to {high:g} of inputs; weights min-max."
+        )
     if plan.mixed:
         lines.append(
             f"{plan.mixed_name}: each layer but the first and the last draws its width, for its "
