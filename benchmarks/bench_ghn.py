@@ -6,11 +6,12 @@ The networks are predicted once; their weights and a step's parts are what a run
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
 import torch
-from harness.clocks import read_ledger
+from harness.clocks import clock_for, read_ledger
 from harness.parity import assert_rival
 from harness.record import Work
 from harness.rivals import ste_composite
@@ -91,7 +92,34 @@ def eager(w: Tensor) -> Tensor:
     return ste_composite(w, scale, torch.zeros((), dtype=scale.dtype), -8, 7)
 
 
-def bench_ghn_fake_quant(benchmark: Any) -> None:
+class FromLoss(torch.autograd.Function):
+    """A loss of many tensors: 0, with a given gradient for each."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: list[Tensor], *ys: Tensor) -> Tensor:
+        ctx.upstream = upstream
+        return ys[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.upstream
+
+
+class Same(torch.autograd.Function):
+    """New memory for each tensor and nothing in it, and the gradient as it came: what a Function of
+    a list costs in torch itself."""
+
+    @staticmethod
+    def forward(ctx: Any, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+@pytest.mark.parametrize("part", ["forward", "forward + backward"])
+def bench_ghn_fake_quant(benchmark: Any, part: str) -> None:
     weights = meta_batch_weights()
     ours = foreach.fake_quant(weights, **KW)
     ranges = foreach.quant_range([w.detach() for w in weights], **KW)
@@ -99,27 +127,37 @@ def bench_ghn_fake_quant(benchmark: Any) -> None:
         scale = found.scale.reshape(-1, *(1 for _ in w.shape[1:]))
         assert_rival(y.detach(), eager(w).detach(), scale, "eager")
     upstream = [torch.randn_like(w) for w in weights]
+    gradients = torch.autograd.grad(ours, weights, upstream)
+    theirs = torch.autograd.grad([eager(w) for w in weights], weights, upstream)
+    assert all(torch.equal(g, other) for g, other in zip(gradients, theirs, strict=True))
 
-    def with_gradient(quantize: Any) -> Any:
-        return lambda: torch.autograd.grad(quantize(), weights, upstream)
+    def timed(quantize: Any) -> Any:
+        if part == "forward":  # with what the backward needs
+            return quantize
+        return lambda: torch.autograd.grad(FromLoss.apply(upstream, *quantize()), weights)
 
     numel = sum(w.numel() for w in weights)
+    moved, how = (8, "2 N s") if part == "forward" else (16, "2 N s, and of the gradient: 4 N s")
     work = Work(
-        "foreach.fake_quant, forward + backward", "native", "channel (axis 0)", "float32",
-        (len(weights), numel), "list", "cpu", 16 * numel, "read x, write y, and of the gradient: "
-        "4 N s", 8 * numel, "bar", f"{len(weights)} weights of 8 networks", numel,
+        f"foreach.fake_quant, {part}", "native", "channel (axis 0)", "float32",
+        (len(weights), numel), "list", "cpu", moved * numel, f"read x, write y: {how}",
+        8 * numel, "bar", f"{len(weights)} weights of 8 networks", numel,
     )  # fmt: skip
     race(
         benchmark,
-        with_gradient(lambda: foreach.fake_quant(weights, **KW)),
+        timed(lambda: foreach.fake_quant(weights, **KW)),
         {
-            "loop of eager fake quant": with_gradient(lambda: [eager(w) for w in weights]),
-            "loop of ours": with_gradient(lambda: [qkernels.fake_quant(w, **KW) for w in weights]),
+            "loop of eager fake quant": timed(lambda: [eager(w) for w in weights]),
+            "loop of ours": timed(lambda: [qkernels.fake_quant(w, **KW) for w in weights]),
         },
         bars=(Bar("loop of eager fake quant", 5.0),),
         work=work,
         rounds=3,
     )
+    if not benchmark.disabled:
+        floor = statistics.median(clock_for("cpu").times(timed(lambda: Same.apply(*weights)), 20))
+        what = "us, an autograd Function of the list that computes nothing"
+        benchmark.extra_info["figures"] = {what: round(1e6 * floor)}
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -115,7 +115,7 @@ def fake_quant(
             return _foreach_fake_quant.run_plans(calls, listed.backend, run_op)
         return [y for y, _, _ in _dynamic.run_dynamic(calls, listed.backend, run_op)]
 
-    return listed.run_by_op(listed.each(_foreach_fake_quant.list_plan), run)
+    return listed.run_by_op(listed.each_made(_foreach_fake_quant.list_plan), run)
 
 
 def fake_quant_dynamic(
@@ -148,9 +148,16 @@ def fake_quant_dynamic(
     listed = Listed("fake_quant_dynamic", xs, values, backend)
     if listed.apart:
         return listed.singles(_dynamic.fake_quant_dynamic)
-    calls = listed.each(_dynamic.checked_args)
-    run = partial(listed.run, "fake_quant_dynamic")
-    return [FakeQuantized(*r) for r in _dynamic.run_dynamic(calls, listed.backend, run)]
+    op = "fake_quant_dynamic"
+    calls = listed.each_made(partial(_dynamic.dynamic_args, op))
+    found = _dynamic.run_dynamic(calls, listed.backend, partial(listed.run, op))
+    return [FakeQuantized(y, _apart(scale), _apart(zp)) for y, scale, zp in found]
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x in memory of its own, so that writing to it makes nothing stale that autograd saved of the
+    rest of the list."""
+    return x.clone() if x._is_view() else x
 
 
 def quant_range(

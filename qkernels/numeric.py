@@ -101,6 +101,8 @@ def layout_of(
     if axis is None:
         numel = shape.numel()
         return (1, 1, numel) if group_size is None else (1, numel // group_size, group_size)
+    if axis == 0 and not order:
+        return 1, shape[0], shape[1:].numel()
     outer = inner = 1
     before = True
     for dim in order or range(len(shape)):

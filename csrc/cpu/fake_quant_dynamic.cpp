@@ -11,7 +11,7 @@ template <class T, class C>
 class RowsWork final : public Work {
  public:
   explicit RowsWork(const FakeQuantDynamicParams& p)
-      : p(p), group(p.range.layout.inner % 8 ? 8 : 1), table(p.range.layout) {
+      : p(p), group(p.range.layout.inner % 8 || p.range.layout.inner <= kShortRow ? kRows : 1) {
     items = (p.range.layout.channels + group - 1) / group;
     cost = group * p.range.layout.inner;
     expect_output(p.range.x, p.y, p.range.layout.numel() * int64_t(sizeof(T)));
@@ -21,19 +21,34 @@ class RowsWork final : public Work {
     const auto quantize =
         p.clip_value ? fake_quant_range<T, C, true> : fake_quant_range<T, C, false>;
     const Layout& layout = p.range.layout;
-    const T* x = static_cast<const T*>(p.range.x);
+    // of one group: those of a list of tensors at once would be megabytes
+    ChannelTable<C> table({1, group, layout.inner});
+    Range<C> ranges[kRows];
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = g * group;
-      const int64_t stop = first + group < layout.channels ? first + group : layout.channels;
-      for (int64_t c = first; c < stop; ++c) table.set(c, row_channel<T, C>(p.range, c));
-      quantize(x, static_cast<T*>(p.y), p.mask, table, first * layout.inner, stop * layout.inner);
+      const int64_t first = g * group, at = first * layout.inner;
+      const int64_t rows = first + group < layout.channels ? group : layout.channels - first;
+      const T* x = static_cast<const T*>(p.range.x) + at;
+      find_ranges(x, rows, ranges);
+      for (int64_t r = 0; r < rows; ++r) table.set(r, range_channel(p.range, first + r, ranges[r]));
+      uint8_t* mask = p.mask ? p.mask + at / 8 : nullptr;
+      quantize(x, static_cast<T*>(p.y) + at, mask, table, 0, rows * layout.inner);
     }
   }
 
  private:
+  // Of some rows, kRows at most.
+  void find_ranges(const T* x, int64_t rows, Range<C>* ranges) const {
+    const int64_t inner = p.range.layout.inner;
+    if (rows == kRows && inner <= kShortRow) {
+      C buffer[kRows * kShortRow];
+      short_row_ranges(load(x, buffer, kRows * inner), inner, ranges);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) ranges[r] = row_range<T, C>(x + r * inner, inner);
+  }
+
   const FakeQuantDynamicParams p;
   const int64_t group;
-  ChannelTable<C> table;
 };
 
 // The range of the whole tensor, then its quantization.

@@ -32,11 +32,12 @@ Range<C> minmax(const C* __restrict x, int64_t n) {
   for (; i + kLanes <= n; i += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) see(x[i + l], l);
   for (int64_t l = 0; i < n; ++i, ++l) see(x[i], l);
-  for (int64_t l = 1; l < kLanes; ++l) {
-    lo[0] = qk_min(lo[0], lo[l]);
-    hi[0] = qk_max(hi[0], hi[l]);
-    sum[0] = sum[0] == sum[0] ? sum[l] : sum[0];
-  }
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t l = 0; l < width; ++l) {
+      lo[l] = lo[l + width] < lo[l] ? lo[l + width] : lo[l];
+      hi[l] = hi[l + width] > hi[l] ? hi[l + width] : hi[l];
+      sum[l] = sum[l] == sum[l] ? sum[l + width] : sum[l];
+    }
   if (sum[0] != sum[0]) return {sum[0], sum[0]};
   return {lo[0], hi[0]};
 }
@@ -56,11 +57,27 @@ Range<C> row_range(const T* x, int64_t n) {
   return r;
 }
 
-// Finds, writes and returns the parameters of channel c, which lies in one piece.
-template <class T, class C>
-Channel<C> row_channel(const QuantRangeParams& p, int64_t c) {
-  const T* row = static_cast<const T*>(p.x) + c * p.layout.inner;
-  const Range<C> r = row_range<T, C>(row, p.layout.inner);
+// kRows short rows side by side, a lane each.
+constexpr int64_t kRows = 8, kShortRow = 16;
+
+// Least and greatest of each of kRows rows of n elements; NaN wins.
+template <class C>
+void short_row_ranges(const C* __restrict x, int64_t n, Range<C>* ranges) {
+  C lo[kRows], hi[kRows], sum[kRows];
+  for (int64_t r = 0; r < kRows; ++r) {
+    lo[r] = C(INFINITY);
+    hi[r] = -C(INFINITY);
+    sum[r] = C(0);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t r = 0; r < kRows; ++r) widen_range(x[r * n + i], lo[r], hi[r], sum[r]);
+  for (int64_t r = 0; r < kRows; ++r)
+    ranges[r] = sum[r] == sum[r] ? Range<C>{lo[r], hi[r]} : Range<C>{sum[r], sum[r]};
+}
+
+// Writes and returns the parameters of channel c, of which r is the range.
+template <class C>
+Channel<C> range_channel(const QuantRangeParams& p, int64_t c, Range<C> r) {
   const C qmin = C(p.qmin), qmax = C(p.qmax);
   const QParams<C> q = range_to_qparams(r, qmin, qmax, p.symmetric);
   static_cast<C*>(p.scale)[c] = q.scale;

@@ -16,6 +16,7 @@ from qkernels import numeric
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOAT32, _FLOAT64, _INT32 = torch.float32, torch.float64, torch.int32
+_STRIDED = torch.strided
 # GPU calls do not wait for the scale to check it, unless the user is looking for a bug
 CHECK_ON_GPU = os.environ.get("QKERNELS_CHECK", "0") == "1"
 
@@ -72,7 +73,7 @@ def check_tensor(op: str, name: str, x: Any) -> None:
         raise TypeError(
             f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}"
         )
-    if x.layout is not torch.strided:
+    if x.layout is not _STRIDED:
         raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {x.layout}")
 
 

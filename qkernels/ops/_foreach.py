@@ -56,6 +56,20 @@ class Listed:
         with named(self.op):
             return each_call(function, zip(self.xs, strict=True), self.keywords)
 
+    def each_made(self, make: Callable[..., Callable[[Tensor], Any]]) -> list[Any]:
+        """make(**the others)(x) for every tensor; the others are looked at once where they are the
+        same."""
+        made: dict[int, Callable[[Tensor], Any]] = {}
+
+        def one(x: Tensor, keywords: dict[str, Any]) -> Any:
+            function = made.get(id(keywords))
+            if function is None:
+                function = made[id(keywords)] = make(**keywords)
+            return function(x)
+
+        with named(self.op):
+            return each_call(one, zip(self.xs, self.keywords, strict=True))
+
     def singles(self, function: Callable[..., Any]) -> list[Any]:
         """The function of one tensor, for every tensor."""
         if torch.compiler.is_compiling():  # its graph holds no error to name
@@ -120,7 +134,7 @@ def _check_list(op: str, what: str, xs: Any) -> None:
 def _spread(
     op: str, count: int, values: dict[str, Any], whole: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """The keyword arguments of each tensor."""
+    """The keyword arguments of each tensor: one and the same dict where they are the same."""
     shared, listed = {}, {}
     for name, value in values.items():
         if not isinstance(value, list) and (not isinstance(value, tuple) or name in whole):
@@ -134,4 +148,11 @@ def _spread(
         listed[name] = value
     if not listed:
         return [shared] * count
-    return [{**shared, **{k: v[i] for k, v in listed.items()}} for i in range(count)]
+    made: dict[tuple[int, ...], dict[str, Any]] = {}
+    keywords = []
+    for values_of_one in zip(*listed.values(), strict=True):
+        key = tuple(map(id, values_of_one))  # equal is not enough: 1 == True
+        if key not in made:
+            made[key] = {**shared, **dict(zip(listed, values_of_one, strict=True))}
+        keywords.append(made[key])
+    return keywords

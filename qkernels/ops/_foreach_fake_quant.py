@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import check
-from qkernels.ops.fake_quant import fake_quant_args, grad_factor, kept, learned_grads, wanted
+from qkernels.ops.fake_quant import (
+    check_constant,
+    fake_quant_args,
+    grad_factor,
+    kept,
+    learned_grads,
+    wanted,
+)
 from qkernels.ops.fake_quant_bwd import mask_backward_list
-from qkernels.ops.fake_quant_dynamic import Run
+from qkernels.ops.fake_quant_dynamic import Run, dynamic_args
 from qkernels.ops.lsq_bwd import lsq_backward_list
 
 
@@ -88,14 +95,19 @@ def run_plans(plans: list[Plan], backend: str, run: Run) -> list[Tensor]:
 
 
 def list_plan(
-    x: Tensor, scale: Any, zero_point: Any, *, grad_scale: float | None, clip: str, **kw: Any
-) -> tuple[str, Any]:
-    """(op, Plan or the arguments of run_dynamic) of one tensor of a list, for the arguments of
-    `fake_quant`; raises on those that no row could run."""
-    args = fake_quant_args(x, scale, zero_point, clip=clip, grad_scale=grad_scale, **kw, eager=True)
+    scale: Any, zero_point: Any, *, grad_scale: float | None, **kw: Any
+) -> Callable[[Tensor], tuple[str, Any]]:
+    """What makes of a tensor of a list (op, Plan or the arguments of run_dynamic), for the other
+    arguments of `fake_quant`; raises on those that no row could run."""
     if scale is None:
-        check("fake_quant_dynamic", *args, True)
-        return "fake_quant_dynamic", args
-    needs_grad, learned = wanted(x, args[1], args[2])
-    factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
-    return "fake_quant", Plan(args, needs_grad, learned, factor)
+        check_constant(zero_point, grad_scale)
+        args_of = dynamic_args("fake_quant", **kw)
+        return lambda x: ("fake_quant_dynamic", args_of(x))
+
+    def plan(x: Tensor) -> tuple[str, Plan]:
+        args = fake_quant_args(x, scale, zero_point, grad_scale=grad_scale, **kw, eager=True)
+        needs_grad, learned = wanted(x, args[1], args[2])
+        factor = grad_factor(args, learned, grad_scale) if needs_grad else 1.0
+        return "fake_quant", Plan(args, needs_grad, learned, factor)
+
+    return plan

@@ -12,8 +12,8 @@ from qkernels import _registry, numeric
 from qkernels.ops import _check
 from qkernels.ops._inplace import is_writable, overwrite
 from qkernels.ops._library import call, check, define, traced
-from qkernels.ops.fake_quant_bwd import mask_backward
-from qkernels.ops.fake_quant_dynamic import dynamic_with_grad
+from qkernels.ops.fake_quant_bwd import mask_backward, mask_order
+from qkernels.ops.fake_quant_dynamic import dynamic_args, dynamic_with_grad
 from qkernels.ops.lsq_bwd import lsq_backward
 
 
@@ -66,12 +66,6 @@ def kept(
     if learned:
         return args[:3], args[3:]  # x, scale, zero point
     return (mask,), mask_order(y, args[6])
-
-
-def mask_order(y: Tensor, group_size: int | None) -> list[int] | None:
-    """The order of the mask: that of memory, which y shares with the dense form of x (groups:
-    row-major)."""
-    return [] if group_size is not None or y.is_contiguous() else numeric.memory_order(y)
 
 
 def learned_grads(
@@ -176,17 +170,15 @@ def fake_quant_args(
 ) -> tuple[Any, ...]:
     """The schema's arguments less the mask; without a scale, those of fake_quant_dynamic."""
     _check.check_tensor("fake_quant", "x", x)
+    if scale is None:
+        check_constant(zero_point, grad_scale)
+        settings = (bits, axis, group_size, symmetric, narrow_range, method, percentile, clip)
+        return dynamic_args("fake_quant", *settings)(x)
     qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
     if axis is not None or group_size is not None:
         axis = _check.normal_axis("fake_quant", x, axis, group_size)
     if grad_scale is not None:
         _check.check_number("fake_quant", "grad_scale", grad_scale, "a number or None")
-    if scale is None:
-        if zero_point is not None:
-            raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
-        p = _check.as_percentile("fake_quant", method, percentile)
-        _check.check_choice("fake_quant", "clip", clip, numeric.CLIPS)
-        return x, qmin, qmax, axis, group_size, symmetric, method, p, clip
     if method != "minmax" or percentile is not None:
         _check.as_percentile("fake_quant", method, percentile)
     if clip not in numeric.CLIPS:
@@ -197,6 +189,14 @@ def fake_quant_args(
         if eager:  # else the op checks
             _check.check_entries("fake_quant", x, scale, zero_point, axis, group_size)
     return x, scale, zero_point, qmin, qmax, axis, group_size, clip
+
+
+def check_constant(zero_point: Any, grad_scale: Any) -> None:
+    """Raise on what does not go with a dynamic scale."""
+    if grad_scale is not None:
+        _check.check_number("fake_quant", "grad_scale", grad_scale, "a number or None")
+    if zero_point is not None:
+        raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
 
 
 def wanted(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[bool, bool]:

@@ -46,6 +46,12 @@ define(
 )
 
 
+def mask_order(y: Tensor, group_size: int | None) -> list[int] | None:
+    """The order of the mask: that of memory, which y shares with the dense form of x (groups:
+    row-major)."""
+    return [] if group_size is not None or y.is_contiguous() else numeric.memory_order(y)
+
+
 class MaskGrad(torch.autograd.Function):
     """grad * mask, differentiable again: it is linear in grad."""
 

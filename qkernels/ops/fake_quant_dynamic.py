@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qkernels import _registry, numeric
 from qkernels.ops import _check
-from qkernels.ops._library import call, check, define, traced
-from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list
+from qkernels.ops._library import call, define, traced
+from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list, mask_order
 
 
 class FakeQuantized(NamedTuple):
@@ -80,7 +80,7 @@ define(
 
 def _save(ctx: Any, x: Tensor, group_size: int | None, y: Tensor, mask: Tensor) -> None:
     ctx.save_for_backward(mask)
-    ctx.order = [] if group_size is not None else numeric.memory_order(y)
+    ctx.order = mask_order(y, group_size)
     if mask.numel() != numeric.mask_bytes(x.numel()):
         raise ValueError("fake_quant_dynamic: mask must be True when x requires grad, got False")
 
@@ -102,26 +102,31 @@ class FakeQuantDynamic(torch.autograd.Function):
         return mask_backward(grad, mask, ctx.order, ctx.backend), *(None,) * 9
 
 
-class ForeachFakeQuantDynamic(torch.autograd.Function):
-    """FakeQuantDynamic of a list; what needs no gradient saves nothing."""
+class ForeachStraightThrough(torch.autograd.Function):
+    """What carries the gradients of a list whose results are there already: as FakeQuantDynamic of
+    each, but that what needs no gradient saves nothing.
+
+    Args:
+        ys: the results. masks: a mask per tensor that needs a gradient. orders: of the masks; None
+            of a tensor that needs none.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, run: Run, rests: list[tuple[Any, ...]], backend: str, *xs: Tensor
+        ctx: Any,
+        ys: list[Tensor],
+        masks: list[Tensor],
+        orders: list[list[int] | None],
+        backend: str,
+        *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs = [x.requires_grad for x in xs]
-        results = run([(x, *rest, need) for x, rest, need in zip(xs, rests, needs, strict=True)])
-        ys, scales, zps, masks = zip(*results, strict=True)
-        ctx.save_for_backward(*(mask for mask, need in zip(masks, needs, strict=True) if need))
-        ctx.orders = [
-            None if not need else [] if rest[3] is not None else numeric.memory_order(y)
-            for y, rest, need in zip(ys, rests, needs, strict=True)
-        ]
-        ctx.backend = backend
+        ctx.save_for_backward(*masks)
+        ctx.orders, ctx.backend = orders, backend
         ctx.set_materialize_grads(False)
-        fixed = [y for y, need in zip(ys, needs, strict=True) if not need]
-        ctx.mark_non_differentiable(*fixed, *scales, *zps)
-        return *ys, *scales, *zps
+        ctx.mark_non_differentiable(
+            *(y for y, order in zip(ys, orders, strict=True) if order is None)
+        )
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,21 +140,27 @@ class ForeachFakeQuantDynamic(torch.autograd.Function):
                 calls.append((grad, mask, order))
         for i, gx in zip(places, mask_backward_list(calls, ctx.backend), strict=True):
             result[i] = gx
-        return None, None, None, *result
+        return None, None, None, None, *result
 
 
 def run_dynamic(
     calls: list[tuple[Any, ...]], backend: str, run: Run
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(y, scale, zero point) of a list of the schema's checked arguments, less the mask, with
-    gradients; `run` runs the op on a list of calls."""
-    xs = [args[0] for args in calls]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
-        return [result[:3] for result in run([(*args, False) for args in calls])]
-    rests = [args[1:] for args in calls]
-    found = ForeachFakeQuantDynamic.apply(run, rests, backend, *xs)
-    n = len(xs)
-    return list(zip(found[:n], found[n : 2 * n], found[2 * n :], strict=True))
+    gradients; `run` runs the op on a list of calls. Scales and zero points may share memory."""
+    needs = [args[0].requires_grad and torch.is_grad_enabled() for args in calls]
+    with torch.no_grad():
+        results = run([(*args, need) for args, need in zip(calls, needs, strict=True)])
+    if not any(needs):
+        return [result[:3] for result in results]
+    masks = [result[3] for result, need in zip(results, needs, strict=True) if need]
+    orders = [
+        mask_order(result[0], args[4]) if need else None
+        for result, args, need in zip(results, calls, needs, strict=True)
+    ]
+    ys, xs = [result[0] for result in results], [args[0] for args in calls]
+    ys = ForeachStraightThrough.apply(ys, masks, orders, backend, *xs)
+    return [(y, scale, zp) for y, (_, scale, zp, _) in zip(ys, results, strict=True)]
 
 
 def _setup_context(
@@ -184,7 +195,7 @@ def dynamic_with_grad(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dynamic_args(
-    x: Tensor,
+    op: str,
     bits: int,
     axis: int | None,
     group_size: int | None,
@@ -193,21 +204,19 @@ def dynamic_args(
     method: str,
     percentile: float | None,
     clip: str,
-) -> tuple[Any, ...]:
-    """The schema's arguments less the mask."""
-    op = "fake_quant_dynamic"
-    _check.check_tensor(op, "x", x)
+) -> Callable[[Tensor], tuple[Any, ...]]:
+    """What makes of a tensor the schema's arguments less the mask, and raises on a tensor that no
+    row could run; the settings, which a list shares, are looked at once."""
     qmin, qmax = numeric.code_range(op, bits, symmetric, narrow_range)
-    axis = _check.normal_axis(op, x, axis, group_size)
     p = _check.as_percentile(op, method, percentile)
-    return x, qmin, qmax, axis, group_size, symmetric, method, p, clip
+    _check.check_choice(op, "clip", clip, numeric.CLIPS)
 
+    def args_of(x: Tensor) -> tuple[Any, ...]:
+        _check.check_tensor(op, "x", x)
+        at = _check.normal_axis(op, x, axis, group_size)
+        return x, qmin, qmax, at, group_size, symmetric, method, p, clip
 
-def checked_args(x: Tensor, **kw: Any) -> tuple[Any, ...]:
-    """dynamic_args; raises on those that no row could run."""
-    args = dynamic_args(x, **kw)
-    check("fake_quant_dynamic", *args, True)
-    return args
+    return args_of
 
 
 def fake_quant_dynamic(
@@ -231,8 +240,8 @@ def fake_quant_dynamic(
     Returns:
         FakeQuantized(y, scale, zero_point): y as `fake_quant`, the others as `quant_range`.
     """
-    args = dynamic_args(
-        x, bits, axis, group_size, symmetric, narrow_range, method, percentile, clip
-    )
-    row = _registry.check_backend(backend, "fake_quant_dynamic: backend")
+    op = "fake_quant_dynamic"
+    settings = (bits, axis, group_size, symmetric, narrow_range, method, percentile, clip)
+    args = dynamic_args(op, *settings)(x)
+    row = _registry.check_backend(backend, f"{op}: backend")
     return FakeQuantized(*dynamic_with_grad(*args, row))

@@ -22,7 +22,10 @@ METHOD_IDS = {name: i for i, name in enumerate(numeric.METHODS)}
 
 
 def forms(
-    op: str, prepare: Callable[..., Prepared], check: Callable[..., None] | None = None
+    op: str,
+    prepare: Callable[..., Prepared],
+    check: Callable[..., None] | None = None,
+    rooms: Callable[..., list[Any] | None] | None = None,
 ) -> tuple[Callable[..., Any], Callable[[list[tuple[Any, ...]]], list[Any]]]:
     """The two forms of an op: of one call's arguments, and of a list of them (on one device).
 
@@ -31,6 +34,8 @@ def forms(
         prepare: (target, *a call's arguments) -> Prepared.
         check: (*a call's arguments), raises if a given scale or zero point is invalid: called where
             the kernel found one, and on CUDA, where `check` itself decides whether to look.
+        rooms: (target, calls) -> for every call of a list the `room` that `prepare` is to use, or
+            None where each is to take memory of its own.
     """
 
     # the list of one, written out: a small tensor feels every step
@@ -44,7 +49,12 @@ def forms(
 
     def many(calls: list[tuple[Any, ...]]) -> list[Any]:
         target = lib, device, handle = _native.target(calls[0][0])
-        prepared = [prepare(target, *args) for args in calls]
+        room_of_each = None if rooms is None else rooms(target, calls)
+        if room_of_each is None:
+            prepared = [prepare(target, *args) for args in calls]
+        else:
+            pairs = zip(calls, room_of_each, strict=True)
+            prepared = [prepare(target, *args, room=room) for args, room in pairs]
         bad = getattr(lib, op)(device, handle, [p[0] for p in prepared])
         if check is not None and (bad >= 0 or device >= 0):
             each_call(check, calls)  # names the first invalid one
@@ -100,6 +110,11 @@ def params_like(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Te
     shape = numeric.params_shape(x.shape, axis, group_size)
     scale = x.new_empty(shape, dtype=numeric.compute_dtype(x.dtype))
     return scale, x.new_empty(shape, dtype=torch.int32)
+
+
+def pieces(x: Tensor, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Uninitialised 1-D tensors on x's device, side by side in one piece of memory."""
+    return list(x.new_empty(sum(sizes), dtype=dtype).split(sizes))
 
 
 def with_strides_of(x: Tensor, out: Tensor) -> Tensor:
