@@ -263,6 +263,28 @@ def network(xs: list[Tensor], scale: Tensor) -> Tensor:
     return ys[0].sum() + (ys[1] * foreach.dequantize(codes, 0.1, bits=4)[0]).sum()
 
 
+def test_equal_settings_are_not_the_same_settings() -> None:
+    with pytest.raises(TypeError, match=r"^foreach.fake_quant: tensor 1: fake_quant: bits must be"):
+        foreach.fake_quant([torch.ones(3)] * 2, bits=[1, True])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("rows", (1, 8, 13))
+@pytest.mark.parametrize("length", (1, 7, 8, 16, 17, 40))
+def test_short_rows(rows: int, length: int, dtype: torch.dtype) -> None:
+    """Eight at a time are a vector each way; a NaN or infinity stays in its row."""
+    x = torch.randn(rows, length, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    x[0, length // 2], x[rows // 2, 0], x[rows - 1, -1] = torch.nan, torch.inf, -torch.inf
+    for symmetric in (True, False):
+        args = (x, -8 if symmetric else 0, 7 if symmetric else 15, 0, None, symmetric)
+        rest = ("minmax", 99.0, "code", True)
+        native, reference = (
+            _registry.run_many("fake_quant_dynamic", backend, [(*args, *rest)] * 2)
+            for backend in ("native", "reference")
+        )
+        assert_all_same(native, reference)
+
+
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_lists_come_apart_into_single_ops(backend: str) -> None:
     torch.compiler.reset()

@@ -127,6 +127,17 @@ def test_gradient_of_dynamic_results() -> None:
         assert_same(grad, *torch.autograd.grad(y, x, x))
 
 
+def test_scales_of_dynamic_results_can_be_written_to_one_by_one() -> None:
+    """They come from one piece of memory, which autograd would take for one tensor."""
+    w = torch.ones(8, requires_grad=True)
+    results = foreach.fake_quant_dynamic([torch.randn(8, 3), torch.randn(4, 5)], bits=4, axis=0)
+    loss = (w * results[0].scale).sum()
+    for written in (results[1].scale, results[0].zero_point, results[1].zero_point):
+        written.zero_()
+    loss.backward()
+    assert torch.equal(w.grad, results[0].scale) and bool((results[0].scale > 0).all())
+
+
 def test_a_shared_scale_gathers_the_gradients_of_all_tensors() -> None:
     torch.manual_seed(0)
     xs = [torch.randn(9), torch.randn(4, 4), torch.randn(5)]
