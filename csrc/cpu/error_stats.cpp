@@ -167,10 +167,8 @@ class RowStatsWork final : public ErrorStatsWork<T, C> {
   void run(int64_t begin, int64_t end) override {
     const int64_t per_channel = this->units.per_channel();
     for (int64_t c = begin; c < end; ++c) {
-      {
-        const T* row = static_cast<const T*>(range.x) + c * range.layout.inner;
-        this->table.set(c, range_channel(range, c, row_range<T, C>(row, range.layout.inner)));
-      }
+      const T* row = static_cast<const T*>(range.x) + c * range.layout.inner;
+      this->table.set(c, range_channel(range, c, row_range<T, C>(row, range.layout.inner)));
       Base::run(c * per_channel, (c + 1) * per_channel);
     }
   }
