@@ -115,7 +115,7 @@ def fake_quant(
             return _foreach_fake_quant.run_plans(calls, listed.backend, run_op)
         return [y for y, _, _ in _dynamic.run_dynamic(calls, listed.backend, run_op)]
 
-    return listed.run_by_op(listed.each_made(_foreach_fake_quant.list_plan), run)
+    return listed.run_by_op(listed.each_prepared(_foreach_fake_quant.list_plan), run)
 
 
 def fake_quant_dynamic(
@@ -149,15 +149,15 @@ def fake_quant_dynamic(
     if listed.apart:
         return listed.singles(_dynamic.fake_quant_dynamic)
     op = "fake_quant_dynamic"
-    calls = listed.each_made(partial(_dynamic.dynamic_args, op))
+    calls = listed.each_prepared(partial(_dynamic.dynamic_args, op))
     found = _dynamic.run_dynamic(calls, listed.backend, partial(listed.run, op))
     return [FakeQuantized(y, _apart(scale), _apart(zp)) for y, scale, zp in found]
 
 
 def _apart(x: Tensor) -> Tensor:
-    """x in memory of its own, so that writing to it makes nothing stale that autograd saved of the
-    rest of the list."""
-    return x.clone() if x._is_view() else x
+    """x in memory of its own: part of a list's piece would keep all of it, write all of it to a
+    file, and be one tensor with the others to autograd, stale when one of them is written to."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def quant_range(

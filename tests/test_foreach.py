@@ -42,6 +42,9 @@ def test_a_row_gives_the_bits_of_single_calls(runner: Runner, op: str) -> None:
         with fenced(aligned):
             got = run_list(runner, calls)
         assert_all_same(got, want, f"{op}, aligned={aligned}")
+        with fenced(aligned):  # a write past its part of what a list shares may be mended later on
+            got = run_list(runner, calls[::-1])[::-1]
+        assert_all_same(got, want, f"{op} backwards, aligned={aligned}")
         with fenced(aligned):
             got = run_list(runner, calls[:1])
         assert_all_same(got, want[:1], f"{op}, list of one, aligned={aligned}")
@@ -272,7 +275,7 @@ def test_equal_settings_are_not_the_same_settings() -> None:
 @pytest.mark.parametrize("rows", (1, 8, 13))
 @pytest.mark.parametrize("length", (1, 7, 8, 16, 17, 40))
 def test_short_rows(rows: int, length: int, dtype: torch.dtype) -> None:
-    """Eight at a time are a vector each way; a NaN or infinity stays in its row."""
+    """Eight at a time, and the rest one by one; a NaN or infinity stays in its row."""
     x = torch.randn(rows, length, generator=torch.Generator().manual_seed(rows)).to(dtype)
     x[0, length // 2], x[rows // 2, 0], x[rows - 1, -1] = torch.nan, torch.inf, -torch.inf
     for symmetric in (True, False):

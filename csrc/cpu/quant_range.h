@@ -32,6 +32,7 @@ Range<C> minmax(const C* __restrict x, int64_t n) {
   for (; i + kLanes <= n; i += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) see(x[i + l], l);
   for (int64_t l = 0; i < n; ++i, ++l) see(x[i], l);
+  static_assert((kLanes & (kLanes - 1)) == 0, "folded by halves");
   for (int64_t width = kLanes / 2; width > 0; width /= 2)
     for (int64_t l = 0; l < width; ++l) {
       lo[l] = lo[l + width] < lo[l] ? lo[l + width] : lo[l];
@@ -57,7 +58,7 @@ Range<C> row_range(const T* x, int64_t n) {
   return r;
 }
 
-// kRows short rows side by side, a lane each.
+// Rows that are looked at together, a lane each, and the longest for which that is faster.
 constexpr int64_t kRows = 8, kShortRow = 16;
 
 // Least and greatest of each of kRows rows of n elements; NaN wins.

@@ -56,15 +56,14 @@ class Listed:
         with named(self.op):
             return each_call(function, zip(self.xs, strict=True), self.keywords)
 
-    def each_made(self, make: Callable[..., Callable[[Tensor], Any]]) -> list[Any]:
-        """make(**the others)(x) for every tensor; the others are looked at once where they are the
-        same."""
-        made: dict[int, Callable[[Tensor], Any]] = {}
+    def each_prepared(self, prepare: Callable[..., Callable[[Tensor], Any]]) -> list[Any]:
+        """prepare(**the others)(x) for every tensor, prepared once for the same others."""
+        prepared: dict[int, Callable[[Tensor], Any]] = {}
 
         def one(x: Tensor, keywords: dict[str, Any]) -> Any:
-            function = made.get(id(keywords))
+            function = prepared.get(id(keywords))
             if function is None:
-                function = made[id(keywords)] = make(**keywords)
+                function = prepared[id(keywords)] = prepare(**keywords)
             return function(x)
 
         with named(self.op):

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.fake_quant import (
-    check_constant,
     fake_quant_args,
     grad_factor,
     kept,
     learned_grads,
+    ranged_args,
     wanted,
 )
 from qkernels.ops.fake_quant_bwd import mask_backward_list
-from qkernels.ops.fake_quant_dynamic import Run, dynamic_args
+from qkernels.ops.fake_quant_dynamic import Run
 from qkernels.ops.lsq_bwd import lsq_backward_list
 
 
@@ -100,8 +100,7 @@ def list_plan(
     """What makes of a tensor of a list (op, Plan or the arguments of run_dynamic), for the other
     arguments of `fake_quant`; raises on those that no row could run."""
     if scale is None:
-        check_constant(zero_point, grad_scale)
-        args_of = dynamic_args("fake_quant", **kw)
+        args_of = ranged_args(zero_point, grad_scale, **kw)
         return lambda x: ("fake_quant_dynamic", args_of(x))
 
     def plan(x: Tensor) -> tuple[str, Plan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -169,11 +170,10 @@ def fake_quant_args(
     eager: bool,
 ) -> tuple[Any, ...]:
     """The schema's arguments less the mask; without a scale, those of fake_quant_dynamic."""
-    _check.check_tensor("fake_quant", "x", x)
     if scale is None:
-        check_constant(zero_point, grad_scale)
         settings = (bits, axis, group_size, symmetric, narrow_range, method, percentile, clip)
-        return dynamic_args("fake_quant", *settings)(x)
+        return ranged_args(zero_point, grad_scale, *settings)(x)
+    _check.check_tensor("fake_quant", "x", x)
     qmin, qmax = numeric.code_range("fake_quant", bits, symmetric, narrow_range)
     if axis is not None or group_size is not None:
         axis = _check.normal_axis("fake_quant", x, axis, group_size)
@@ -191,12 +191,15 @@ def fake_quant_args(
     return x, scale, zero_point, qmin, qmax, axis, group_size, clip
 
 
-def check_constant(zero_point: Any, grad_scale: Any) -> None:
-    """Raise on what does not go with a dynamic scale."""
+def ranged_args(
+    zero_point: Any, grad_scale: Any, *settings: Any, **others: Any
+) -> Callable[[Tensor], tuple[Any, ...]]:
+    """`dynamic_args` for fake_quant without a scale."""
     if grad_scale is not None:
         _check.check_number("fake_quant", "grad_scale", grad_scale, "a number or None")
     if zero_point is not None:
         raise ValueError("fake_quant: zero_point must be None when scale is None, got a value")
+    return dynamic_args("fake_quant", *settings, **others)
 
 
 def wanted(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[bool, bool]:

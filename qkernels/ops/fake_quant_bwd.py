@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,10 +47,30 @@ define(
 )
 
 
-def mask_order(y: Tensor, group_size: int | None) -> list[int] | None:
+def mask_order(y: Tensor, group_size: int | None) -> list[int]:
     """The order of the mask: that of memory, which y shares with the dense form of x (groups:
     row-major)."""
-    return [] if group_size is not None or y.is_contiguous() else numeric.memory_order(y)
+    if group_size is not None or y.is_contiguous():
+        return []
+    order = numeric.memory_order(y)
+    assert order is not None, "a row's result is dense"
+    return order
+
+
+def joined(masks: list[Tensor]) -> list[Tensor]:
+    """What to save of a list of masks: the piece of memory that they fill side by side, if they do,
+    so that what looks after saved tensors (a hook that writes them to disk) sees it once."""
+    piece, end = masks[0]._base, 0
+    for mask in masks:
+        if piece is None or mask._base is not piece or mask.storage_offset() != end:
+            return masks
+        end += mask.numel()
+    return [piece] if piece is not None and piece.numel() == end else masks
+
+
+def taken_apart(saved: Sequence[Tensor], sizes: list[int]) -> Sequence[Tensor]:
+    """The masks of these sizes from what `joined` gave."""
+    return saved[0].split(sizes) if len(saved) < len(sizes) else saved
 
 
 class MaskGrad(torch.autograd.Function):

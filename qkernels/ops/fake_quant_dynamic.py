@@ -11,7 +11,13 @@ from torch import Tensor
 from qkernels import _registry, numeric
 from qkernels.ops import _check
 from qkernels.ops._library import call, define, traced
-from qkernels.ops.fake_quant_bwd import mask_backward, mask_backward_list, mask_order
+from qkernels.ops.fake_quant_bwd import (
+    joined,
+    mask_backward,
+    mask_backward_list,
+    mask_order,
+    taken_apart,
+)
 
 
 class FakeQuantized(NamedTuple):
@@ -107,59 +113,58 @@ class ForeachStraightThrough(torch.autograd.Function):
     each, but that what needs no gradient saves nothing.
 
     Args:
-        ys: the results. masks: a mask per tensor that needs a gradient. orders: of the masks; None
-            of a tensor that needs none.
+        ys: the results.
+        places: of those that need a gradient, in the list.
+        masks, orders: of these.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         ys: list[Tensor],
+        places: list[int],
         masks: list[Tensor],
-        orders: list[list[int] | None],
+        orders: list[list[int]],
         backend: str,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*masks)
-        ctx.orders, ctx.backend = orders, backend
+        ctx.save_for_backward(*joined(masks))
+        ctx.sizes = [mask.numel() for mask in masks]
+        ctx.places, ctx.orders, ctx.backend = places, orders, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(y for y, order in zip(ys, orders, strict=True) if order is None)
-        )
+        differentiable = set(places)
+        ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if i not in differentiable))
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        masks = iter(ctx.saved_tensors)
-        result: list[Tensor | None] = [None] * len(ctx.orders)
+        masks = taken_apart(ctx.saved_tensors, ctx.sizes)
+        result: list[Tensor | None] = [None] * len(grads)
         places, calls = [], []
-        for i, (grad, order) in enumerate(zip(grads, ctx.orders, strict=False)):
-            mask = None if order is None else next(masks)
-            if mask is not None and grad is not None:
+        for i, mask, order in zip(ctx.places, masks, ctx.orders, strict=True):
+            if grads[i] is not None:
                 places.append(i)
-                calls.append((grad, mask, order))
+                calls.append((grads[i], mask, order))
         for i, gx in zip(places, mask_backward_list(calls, ctx.backend), strict=True):
             result[i] = gx
-        return None, None, None, None, *result
+        return *(None,) * 5, *result
 
 
 def run_dynamic(
     calls: list[tuple[Any, ...]], backend: str, run: Run
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(y, scale, zero point) of a list of the schema's checked arguments, less the mask, with
-    gradients; `run` runs the op on a list of calls. Scales and zero points may share memory."""
+    gradients; `run` runs the op on a list of calls."""
     needs = [args[0].requires_grad and torch.is_grad_enabled() for args in calls]
     with torch.no_grad():
         results = run([(*args, need) for args, need in zip(calls, needs, strict=True)])
     if not any(needs):
         return [result[:3] for result in results]
-    masks = [result[3] for result, need in zip(results, needs, strict=True) if need]
-    orders = [
-        mask_order(result[0], args[4]) if need else None
-        for result, args, need in zip(results, calls, needs, strict=True)
-    ]
+    places = [i for i, need in enumerate(needs) if need]
+    masks = [results[i][3] for i in places]
+    orders = [mask_order(results[i][0], calls[i][4]) for i in places]
     ys, xs = [result[0] for result in results], [args[0] for args in calls]
-    ys = ForeachStraightThrough.apply(ys, masks, orders, backend, *xs)
+    ys = ForeachStraightThrough.apply(ys, places, masks, orders, backend, *xs)
     return [(y, scale, zp) for y, (_, scale, zp, _) in zip(ys, results, strict=True)]
 
 

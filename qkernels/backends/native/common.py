@@ -18,6 +18,7 @@ Prepared = tuple[tuple[Any, ...], Any, Any, Callable[[], Any] | None]
 
 # on the CPU whatever torch's default device is when this is imported
 NOTHING = torch.empty(0, device="cpu")
+NO_BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 METHOD_IDS = {name: i for i, name in enumerate(numeric.METHODS)}
 
 
@@ -25,7 +26,7 @@ def forms(
     op: str,
     prepare: Callable[..., Prepared],
     check: Callable[..., None] | None = None,
-    rooms: Callable[..., list[Any] | None] | None = None,
+    outputs: Callable[[list[tuple[Any, ...]]], list[Any]] | None = None,
 ) -> tuple[Callable[..., Any], Callable[[list[tuple[Any, ...]]], list[Any]]]:
     """The two forms of an op: of one call's arguments, and of a list of them (on one device).
 
@@ -34,8 +35,8 @@ def forms(
         prepare: (target, *a call's arguments) -> Prepared.
         check: (*a call's arguments), raises if a given scale or zero point is invalid: called where
             the kernel found one, and on CUDA, where `check` itself decides whether to look.
-        rooms: (target, calls) -> for every call of a list the `room` that `prepare` is to use, or
-            None where each is to take memory of its own.
+        outputs: makes for every call of a list the `outputs` that `prepare` can be given: small
+            ones side by side, for to take memory costs as much as the kernel of a small tensor.
     """
 
     # the list of one, written out: a small tensor feels every step
@@ -49,18 +50,28 @@ def forms(
 
     def many(calls: list[tuple[Any, ...]]) -> list[Any]:
         target = lib, device, handle = _native.target(calls[0][0])
-        room_of_each = None if rooms is None else rooms(target, calls)
-        if room_of_each is None:
+        if outputs is None or device >= 0:  # CUDA's kernels want each aligned
             prepared = [prepare(target, *args) for args in calls]
         else:
-            pairs = zip(calls, room_of_each, strict=True)
-            prepared = [prepare(target, *args, room=room) for args, room in pairs]
+            pairs = zip(calls, outputs(calls), strict=True)
+            prepared = [prepare(target, *args, outputs=own) for args, own in pairs]
         bad = getattr(lib, op)(device, handle, [p[0] for p in prepared])
         if check is not None and (bad >= 0 or device >= 0):
             each_call(check, calls)  # names the first invalid one
         return [p[1] if p[3] is None else p[3]() for p in prepared]
 
     return single, many
+
+
+def new_bytes(x: Tensor, size: int) -> Tensor:
+    """Uninitialised bytes on x's device."""
+    # a dtype asked for takes a third of the time of an allocation
+    return NO_BYTES.new_empty(size) if x.is_cpu else x.new_empty(size, dtype=torch.uint8)
+
+
+def pieces(sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Uninitialised 1-D tensors on the CPU, side by side in one piece of memory."""
+    return list(NOTHING.new_empty(sum(sizes), dtype=dtype).split(sizes))
 
 
 def flat_params(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
@@ -110,11 +121,6 @@ def params_like(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Te
     shape = numeric.params_shape(x.shape, axis, group_size)
     scale = x.new_empty(shape, dtype=numeric.compute_dtype(x.dtype))
     return scale, x.new_empty(shape, dtype=torch.int32)
-
-
-def pieces(x: Tensor, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """Uninitialised 1-D tensors on x's device, side by side in one piece of memory."""
-    return list(x.new_empty(sum(sizes), dtype=dtype).split(sizes))
 
 
 def with_strides_of(x: Tensor, out: Tensor) -> Tensor:

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels._native import DTYPES
-from qkernels.backends.native.common import Prepared, flat_params, forms, with_strides_of
+from qkernels.backends.native.common import Prepared, flat_params, forms, new_bytes, with_strides_of
 from qkernels.ops._check import check_values
-
-NO_BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _prepare(
@@ -35,8 +33,7 @@ def _prepare(
         dense, _, (outer, channels, inner) = numeric.plan(x, axis, group_size)
     y = dense if inplace or dense is not x else torch.empty_like(dense)
     size = numeric.mask_bytes(outer * channels * inner) if mask else 0
-    # a dtype asked for takes a third of the time of an allocation
-    bits = NO_BYTES.new_empty(size) if target[1] < 0 else x.new_empty(size, dtype=torch.uint8)
+    bits = new_bytes(x, size)
     s, zp, zp_is_int = flat_params(scale, zero_point)
     fields = (
         DTYPES[x.dtype],

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qkernels import _native, numeric
 from qkernels.backends.native.common import (
-    NOTHING,
     Prepared,
     forms,
+    new_bytes,
     params_like,
     pieces,
     range_fields,
@@ -20,32 +20,31 @@ from qkernels.backends.native.common import (
 )
 
 # scale, zero point and mask of a call, uninitialised
-Room = tuple[Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _room(x: Tensor, axis: int | None, group_size: int | None, mask: bool) -> Room:
-    bits = x.new_empty(numeric.mask_bytes(x.numel()) if mask else 0, dtype=torch.uint8)
-    return *params_like(x, axis, group_size), bits
+def _outputs(x: Tensor, axis: int | None, group_size: int | None, mask: bool) -> Outputs:
+    size = numeric.mask_bytes(x.numel()) if mask else 0
+    return *params_like(x, axis, group_size), new_bytes(x, size)
 
 
-def _rooms(target: _native.Target, calls: list[tuple[Any, ...]]) -> list[Room] | None:
-    """The rooms of a list in three pieces of memory: to take one piece costs as much as the kernel
-    of a small tensor. None on CUDA, whose kernels want them aligned, and if scales differ in dtype.
-    """
-    x = calls[0][0]
-    dtype = numeric.compute_dtype(x.dtype)
-    if target[1] >= 0 or any(numeric.compute_dtype(args[0].dtype) is not dtype for args in calls):
-        return None
-    counts, sizes, whole = [], [], []
-    for place, (x, _, _, axis, group_size, *_, mask) in enumerate(calls):
-        if axis is None and group_size is None:
-            whole.append(place)
+def _outputs_of_list(calls: list[tuple[Any, ...]]) -> list[Outputs]:
+    """Those of every call on the CPU, in one piece of memory for each dtype."""
+    counts, sizes = [], []
+    places: dict[torch.dtype, list[int]] = {}  # of the calls whose scales have a dtype
+    for place, (x, _, _, axis, group_size, _, _, _, _, mask) in enumerate(calls):
         counts.append(numeric.channel_count(x.shape, axis, group_size))
         sizes.append(numeric.mask_bytes(x.numel()) if mask else 0)
-    scales, zps = pieces(x, counts, dtype), pieces(x, counts, torch.int32)
-    for place in whole:  # one for the tensor is 0-dim
-        scales[place], zps[place] = scales[place].view(()), zps[place].view(())
-    return list(zip(scales, zps, pieces(x, sizes, torch.uint8), strict=True))
+        places.setdefault(numeric.compute_dtype(x.dtype), []).append(place)
+    zps = pieces(counts, torch.int32)
+    scales = list(zps)
+    for dtype, chosen in places.items():
+        for place, scale in zip(chosen, pieces([counts[i] for i in chosen], dtype), strict=True):
+            scales[place] = scale
+    for place, (_, _, _, axis, group_size, *_) in enumerate(calls):
+        if axis is None and group_size is None:  # one for the tensor is 0-dim
+            scales[place], zps[place] = scales[place].view(()), zps[place].view(())
+    return list(zip(scales, zps, pieces(sizes, torch.uint8), strict=True))
 
 
 def _prepare(
@@ -61,13 +60,13 @@ def _prepare(
     clip: str,
     mask: bool,
     inplace: bool = False,
-    room: Room | None = None,
+    outputs: Outputs | None = None,
 ) -> Prepared:
     """-> (y, or x in place; scale, zero point as int32, mask bytes; empty unless asked for)."""
     dense, _, layout = numeric.plan(x, axis, group_size)
-    scale, zp, bits = _room(x, axis, group_size, mask) if room is None else room
+    scale, zp, bits = _outputs(x, axis, group_size, mask) if outputs is None else outputs
     y = dense if inplace or dense is not x else torch.empty_like(dense)
-    scratch = NOTHING if target[1] < 0 else range_workspace(target, x, layout, method)
+    scratch = range_workspace(target, x, layout, method)
     fields = (
         *range_fields(dense, layout, qmin, qmax, symmetric, method, percentile),
         dense.data_ptr(),
@@ -88,4 +87,6 @@ def _prepare(
     return fields, (y, scale, zp, bits), (dense, scratch), finish
 
 
-fake_quant_dynamic, foreach_fake_quant_dynamic = forms("fake_quant_dynamic", _prepare, rooms=_rooms)
+fake_quant_dynamic, foreach_fake_quant_dynamic = forms(
+    "fake_quant_dynamic", _prepare, outputs=_outputs_of_list
+)
