@@ -20,6 +20,7 @@ from .study import (
     difference_table,
     paired,
     plot_study,
+    plus_minus,
     spread,
 )
 
@@ -118,11 +119,7 @@ def _outside(widths: Sequence[Width], name: str | None) -> int:
 
 
 def _plus_minus(values: Sequence[float], digits: int = 3) -> str:
-    if not values:
-        return "-"
-    mean, deviation = spread(values)
-    text = f"{mean:.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {deviation:.{digits}f}"
+    return plus_minus(values, f".{digits}f") if values else "-"
 
 
 def gain(gaps: Sequence[float]) -> str:

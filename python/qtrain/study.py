@@ -107,6 +107,18 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def plus_minus(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation, each in this format; of a single value that alone."""
+    mean, sd = spread(values)
+    text = f"{mean:{form}}"
+    return text if len(values) == 1 else f"{text} ± {sd:{form.lstrip('+')}}"
+
+
+def percent(fractions: Sequence[float], form: str) -> str:
+    """`plus_minus` of 100 times the values."""
+    return plus_minus([100 * value for value in fractions], form)
+
+
 def paired(ours: Sequence[Score], theirs: Sequence[Score]) -> list[float]:
     """Differences of accuracy, seed by seed."""
     other = {score.seed: score.accuracy for score in theirs}
@@ -124,7 +136,7 @@ def accuracy_table(
             mine = [s for s in scores if (s.bits, s.arm) == (bits, arm)]
             first = [s.float_accuracy for s in mine if s.method == methods[0]]
             cells = [[s.accuracy for s in mine if s.method == method] for method in methods]
-            texts = [_percent(*spread(values)) for values in (first, *cells)]
+            texts = [percent(values, ".2f") for values in (first, *cells)]
             rows.append([bits_name(bits), arm, *texts])
     return ["bits", "arm", "float", *methods], rows
 
@@ -146,18 +158,10 @@ def difference_table(
                 wins = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
                 # a difference stands in the table once, with the later of the two
                 later = place > arms.index(reference)
-                cells.append(f"{_points(*spread(gaps))} ({wins})" if later else "")
+                cells.append(f"{percent(gaps, '+.2f')} ({wins})" if later else "")
             if any(cells):
                 rows.append([bits_name(bits), method, arm, *cells])
     return ["bits", "quantized by", "arm", *(f"minus {r}" for r in references)], rows
-
-
-def _percent(mean: float, sd: float) -> str:
-    return f"{100 * mean:.2f} ± {100 * sd:.2f}"
-
-
-def _points(mean: float, sd: float) -> str:
-    return f"{100 * mean:+.2f} ± {100 * sd:.2f}"
 
 
 def write_study(comparison: Comparison, scores: Sequence[Score], out: Path) -> None:

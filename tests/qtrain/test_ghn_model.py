@@ -92,7 +92,18 @@ def test_ranges_and_sizes_of_what_is_predicted():
 
 
 def all_targets(graph, classes=5):
-    return [(graph.nodes[index], target) for index, target in targets_of(graph, classes)]
+    config = GhnConfig(classes=classes)
+    return [(graph.nodes[index], target) for index, target in targets_of(graph, config)]
+
+
+@pytest.mark.parametrize("head", ["tiled", "low_rank"])
+def test_a_gain_is_a_factor_on_weights_alone(head):
+    plain, scaled = make_ghn(head=head), make_ghn(head=head, gain=0.5)
+    scaled.load_state_dict(plain.state_dict())
+    for one, other in zip(plain.predict(GRAPHS), scaled.predict(GRAPHS), strict=True):
+        for name, value in one.items():
+            factor = 0.5 if value.dim() > 1 else 1.0
+            torch.testing.assert_close(other[name], factor * value, msg=name)
 
 
 def test_only_a_last_layer_of_the_configs_classes_is_a_classifier():

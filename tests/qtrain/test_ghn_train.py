@@ -244,6 +244,10 @@ def test_training_goes_on_from_another_ghn(tmp_path, data):
     theirs = start.ghn.predict([net.graph])[0]
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert GhnRecipe(how, start).describe()["start"] == start.digest
+    halved, how = settings_for("digits", ghn={"gain": 0.5}, training=vars(training), start=start)
+    _, smaller = bound(data, halved, how, start)
+    ours = smaller.predict([net.graph])[0]
+    assert all(torch.equal(ours[n], v * (0.5 if v.dim() > 1 else 1)) for n, v in theirs.items())
     other = settings(ghn={"width": 24})[0]
     with pytest.raises(ValueError, match=r"start must be a GHN of .* width \(16 there, 24 asked"):
         bound(data, other, training, start)
@@ -304,6 +308,7 @@ def test_bad_training(changed, error, message):
         ),
         ({}, {"widht": 3}, "ghn: settings must be among .*, got widht"),
         ({}, {"width": 1.5}, "ghn: width must be a whole number, got 1.5"),
+        ({}, {"gain": 0}, "ghn: gain must be positive and finite, got 0"),
     ],
 )
 def test_a_run_that_cannot_be_leaves_nothing(tmp_path, train, ghn, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -32,6 +33,9 @@ class GhnConfig:
         factor_size: the most rows of A (c_out * k_h) and columns of B (c_in * k_w) there.
         bit_widths: those that a node can be told it will be quantized to; empty: none, and then the
             GHN is that of the papers. OUR choice: GHN-QAT names it as future work.
+        gain: factor on all predicted weights, not on biases and norms; 1: the papers' GHN. OUR
+            choice, for networks without BatchNorm: beside BatchNorm the size of weights is free,
+            and a GHN trained so predicts what is far too large without.
 
     Raises:
         TypeError, ValueError: a setting of another kind, or outside its range.
@@ -47,6 +51,7 @@ class GhnConfig:
     rank: int = 32
     factor_size: int = 8192
     bit_widths: tuple[int, ...] = ()
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("max_shape", "bit_widths"):
@@ -63,6 +68,9 @@ class GhnConfig:
         require(self.width % 4 == 0, "width", "a multiple of 4", self.width, "ghn")
         attends = self.encoder == "gated" or self.width % self.heads == 0
         require(attends, "heads", f"a divisor of width {self.width}", self.heads, "ghn")
+        if isinstance(self.gain, bool) or not isinstance(self.gain, (int, float)):
+            raise TypeError(f"ghn: gain must be a number, got {self.gain!r}")
+        require(0 < self.gain < math.inf, "gain", "positive and finite", self.gain, "ghn")
         shape = self.max_shape
         square = len(shape) == 4 and min(shape) >= 1 and shape[2] == shape[3]
         require(square, "max_shape", "4 sizes of at least 1 with a square kernel", shape, "ghn")

@@ -124,7 +124,7 @@ class Ghn(nn.Module):
         nodes: dict[int, Node] = {}
         start = 0
         for graph in graphs:
-            for row, target in targets_of(graph, self.config.classes):
+            for row, target in targets_of(graph, self.config):
                 targets.setdefault(target, []).append(start + row)
                 nodes[start + row] = graph.nodes[row]
             start += len(graph.nodes)
@@ -154,11 +154,11 @@ def check_graph(graph: Graph) -> None:
     require(wrong == 0, "adjacency", rule, f"{wrong} other entries", "ghn")
 
 
-def targets_of(graph: Graph, classes: int) -> Iterator[tuple[int, Target]]:
+def targets_of(graph: Graph, config: GhnConfig) -> Iterator[tuple[int, Target]]:
     """(index of the node, what is decoded for it) for each node with parameters."""
     weights = [i for i, n in enumerate(graph.nodes) if n.parameters and _is_weight(n)]
     last = weights[-1] if weights else -1
-    classifies = last >= 0 and _fits_classes(graph.nodes[last], classes)
+    classifies = last >= 0 and _fits_classes(graph.nodes[last], config.classes)
     for index, node in enumerate(graph.nodes):
         if not node.parameters:
             continue
@@ -169,9 +169,9 @@ def targets_of(graph: Graph, classes: int) -> Iterator[tuple[int, Target]]:
         elif node.primitive == "pos_enc":
             yield index, Target("weight", shape)
         else:
-            gain = fan_in_gain(shape, depthwise=node.groups > 1 and shape[1] == 1)
+            size = fan_in_gain(shape, depthwise=node.groups > 1 and shape[1] == 1)
             ends = classifies and index == last
-            yield index, Target("classifier" if ends else "weight", shape, gain)
+            yield index, Target("classifier" if ends else "weight", shape, config.gain * size)
 
 
 def _is_weight(node: Node) -> bool:

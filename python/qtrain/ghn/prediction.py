@@ -151,7 +151,7 @@ def coverage(model: nn.Module, graph: Graph, config: GhnConfig) -> Coverage:
     predicted: list[str] = []
     tiled: list[str] = []
     interpolated: list[str] = []
-    for row, (kind, shape, _) in targets_of(graph, config.classes):
+    for row, (kind, shape, _) in targets_of(graph, config):
         names = graph.nodes[row].parameters
         predicted += names
         if config.head != "tiled":

@@ -24,7 +24,7 @@ from ..report import REPORT, RESULTS, bits_name, colour, figure, markdown_grid, 
 from ..rundir import METRICS, read_metrics, to_json, write_atomic, write_model_file
 from ..seeds import keeping_globals, seed_globals
 from ..source import FloatSource
-from ..study import run_all, spread
+from ..study import percent, plus_minus, run_all
 from .evaluate import EvalPlan, Ground
 from .prediction_file import ModelToPredict, write_prediction
 from .study import Job, Plan, train_variants
@@ -191,8 +191,7 @@ def table(curves: Sequence[Curve], goals: Sequence[float]) -> tuple[list[str], l
     for bits, arm in dict.fromkeys((c.bits, c.arm) for c in curves):
         mine = [c for c in curves if (c.bits, c.arm) == (bits, arm)]
         cells = [_steps([curve.steps_to(goal) for curve in mine]) for goal in goals]
-        firsts, lasts = ([100 * c.points[end][1] for c in mine] for end in (0, -1))
-        texts = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in (spread(firsts), spread(lasts))]
+        texts = [percent([c.points[end][1] for c in mine], ".1f") for end in (0, -1)]
         rows.append([bits_name((bits, bits)), arm, *cells, *texts])
     first = curves[0].points[0][0]
     named = [f"steps to {100 * goal:g} %" for goal in goals]
@@ -204,9 +203,7 @@ def _steps(steps: Sequence[float]) -> str:
     if not reached:
         return "never"
     missing = len(steps) - len(reached)
-    mean, sd = spread(reached)
-    width = "" if math.isnan(sd) else f" ± {sd:.0f}"
-    return f"{mean:.0f}{width}" + (f", {missing} never" if missing else "")
+    return plus_minus(reached, ".0f") + (f", {missing} never" if missing else "")
 
 
 def _write(out: Path, curves: Sequence[Curve], plan: StartPlan) -> None:

@@ -33,12 +33,14 @@ class Variant:
         start: slug of the variant that it starts from, and trains on for the shorter time; None:
             fresh weights.
         ghn, training: what differs from the preset's settings.
+        train: likewise, of fields of `TrainConfig`; before the plan's.
     """
 
     name: str
     start: str | None = None
     ghn: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _quantized(kind: str, *bits: int, **ranges: Any) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def _quantized(kind: str, *bits: int, **ranges: Any) -> dict[str, Any]:
 WIDTHS = (8, 4, 2, FLOAT_BITS)
 TOLD = {"bit_widths": True}
 BARE = {"norm": False}
+GENTLY = {"lr": 1e-4}
 VARIANTS = {
     "q": Variant("GHN-Q"),
     "more": Variant("GHN-Q, longer", "q"),
@@ -64,15 +67,18 @@ VARIANTS = {
     "low-more": Variant("low rank, longer", "low"),
     "low-w4": Variant("low rank, W4A4 SimQuant", "low", training=_quantized("sim", 4)),
     "low-w2": Variant("low rank, W2A2 NoiseQuant", "low", training=_quantized("noise", 2)),
-    "bare": Variant("BN-free GHN-Q", None, training=BARE),
-    "bare-more": Variant("BN-free, longer", "bare", training=BARE),
+    # fresh weights, whose first predictions are 50 times too small to let anything through without
+    # BatchNorm, do not train; a GHN-Q's are too large
+    "bare": Variant("BN-free GHN-Q", "q", {"gain": 0.6}, BARE, GENTLY),
+    "bare-more": Variant("BN-free, longer", "bare", training=BARE, train=GENTLY),
     "bare-minmax": Variant(
-        "BN-free W4A4, min-max", "bare", training={**BARE, **_quantized("sim", 4)}
+        "BN-free W4A4, min-max", "bare", training={**BARE, **_quantized("sim", 4)}, train=GENTLY
     ),
     "bare-percentile": Variant(
         "BN-free W4A4, percentile",
         "bare",
         training={**BARE, **_quantized("sim", 4, method="percentile", percentile=99.0)},
+        train=GENTLY,
     ),
 }
 
@@ -148,7 +154,7 @@ class Plan:
             train = {"epochs": self.tuning_epochs, "lr": lower}
         return settings_for(
             self.preset,
-            train={**self.train, **train, "seed": seed},
+            train={**self.train, **train, **variant.train, "seed": seed},
             ghn=variant.ghn,
             training={**self.training, **variant.training, "net_seed": seed},
             start=start,

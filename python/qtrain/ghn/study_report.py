@@ -10,7 +10,7 @@ from typing import Any
 
 from ..report import REPORT, RESULTS, colour, figure, markdown_grid, save_figure
 from ..rundir import to_json, write_atomic
-from ..study import spread
+from ..study import percent, plus_minus
 from .evaluate import NetScore
 
 PICTURE = "accuracy.png"
@@ -74,8 +74,8 @@ def accuracy_table(outcomes: Sequence[Outcome], split: str) -> tuple[list[str], 
 
 
 def _summary(nets: Sequence[Sequence[float]]) -> str:
-    mean, sd = spread([statistics.fmean(values) for values in nets])
-    return f"{100 * mean:.1f} ± {100 * sd:.1f} / {100 * max(map(max, nets)):.1f}"
+    means = [statistics.fmean(values) for values in nets]
+    return f"{percent(means, '.1f')} / {100 * max(map(max, nets)):.1f}"
 
 
 def difference_table(
@@ -100,9 +100,8 @@ def difference_table(
 def _gaps(both: Sequence[tuple[Outcome, Outcome]], split: str, way: tuple[str, str]) -> str:
     means = [[statistics.fmean(o.accuracies(split, way)) for o in pair] for pair in both]
     gaps = [ours - theirs for ours, theirs in means]
-    mean, sd = spread(gaps)
     wins = sum(gap > 0 for gap in gaps)
-    return f"{100 * mean:+.1f} ± {100 * sd:.1f} ({wins} of {len(gaps)})"
+    return f"{percent(gaps, '+.1f')} ({wins} of {len(gaps)})"
 
 
 def training_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
@@ -110,11 +109,10 @@ def training_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[st
     rows = []
     for variant in dict.fromkeys(o.variant for o in outcomes):
         mine = _of(outcomes, variant)
-        mean, sd = spread([o.loss for o in mine])
-        highest = max(o.highest for o in mine)
+        loss = plus_minus([o.loss for o in mine], ".3f")
+        highest = f"{max(o.highest for o in mine):.2f}"
         counts = [", ".join(str(getattr(o, n)) for o in mine) for n in ("skipped", "exploded")]
-        rows.append([variant, str(mine[0].steps), f"{mean:.3f} ± {sd:.3f}", f"{highest:.2f}"])
-        rows[-1] += counts
+        rows.append([variant, str(mine[0].steps), loss, highest, *counts])
     return ["GHN", "steps", "last loss", "highest loss", "skipped", "exploded"], rows
 
 

@@ -322,8 +322,9 @@ def ghn_config(config: TrainConfig, data: Dataset) -> GhnConfig:
 
 
 def require_start(start: GhnConfig, wanted: GhnConfig) -> None:
-    """Raise a ValueError unless a GHN can be trained on as the other: it may be told bit widths
-    where it was not before."""
+    """Raise a ValueError unless a GHN can be trained on as the other: with another gain, and told
+    bit widths where it was not before."""
+    start = replace(start, gain=wanted.gain)
     if not start.bit_widths:
         start = replace(start, bit_widths=wanted.bit_widths)
     different = config_differences(start.to_dict(), wanted.to_dict())
