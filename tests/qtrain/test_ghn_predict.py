@@ -11,7 +11,7 @@ from ghn_graphs import Branches, branches_graph
 from qtrain.cli import app, ghn_use
 from qtrain.data import load_dataset
 from qtrain.ghn import prediction
-from qtrain.ghn.checkpoint import save_ghn
+from qtrain.ghn.checkpoint import ghn_digest, save_ghn
 from qtrain.ghn.config import GhnConfig, ghn2
 from qtrain.ghn.graph import build_graph
 from qtrain.ghn.model import Ghn
@@ -118,6 +118,32 @@ def test_noise_parts_equal_channels():
         )
     ]
     torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5)
+
+
+def test_rescaled_weights_have_hes_size_and_compute_the_same_before_batchnorm():
+    ghn, model = make_ghn(), Cnn(1, 10, (4, 8), (2, 2))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-12  # which alone would tell them apart
+    batches = [images(24)]
+    plain, rescaled = (predict(model, ghn, rescale=rescale) for rescale in (False, True))
+    for name, weight in plain.items():
+        if weight.ndim < 2:
+            assert torch.equal(rescaled[name], weight)
+            continue
+        size = (2 / weight[0].numel()) ** 0.5
+        torch.testing.assert_close(rescaled[name].std(correction=0).item(), size)
+        torch.testing.assert_close(
+            rescaled[name] / size, weight / weight.std(correction=0), rtol=1e-4, atol=1e-6
+        )
+    nets = [predicted_model(model, ghn, batches, rescale=rescale) for rescale in (False, True)]
+    features = [net.features(images(24)) for net in nets]
+    torch.testing.assert_close(*features, rtol=1e-3, atol=1e-4)
+    noisy = predict(model, ghn, noise=0.1, rescale=True)
+    name = next(name for name, weight in plain.items() if weight.ndim == 4)
+    drawn = (predict(model, ghn, noise=0.1)[name] - plain[name]) / plain[name].std(correction=0)
+    after = (noisy[name] - rescaled[name]) / rescaled[name].std(correction=0)
+    torch.testing.assert_close(after, drawn, rtol=1e-3, atol=1e-4)
 
 
 def test_noise_lets_gradients_part_channels():
@@ -237,7 +263,7 @@ def call(command, *words):
 def test_command_with_a_dataset(tmp_path, checkpoint):
     out = tmp_path / "new" / "cnn.safetensors"
     words = ["--model", "cnn", "--dataset", "digits", "--ghn", checkpoint, *CNN]
-    words += ["--noise", "0.1", "--seed", "2", "--batchnorm-images", "100"]
+    words += ["--noise", "0.1", "--rescale", "--seed", "2", "--batchnorm-images", "100"]
     done = call("ghn-predict", *words, "--out", out)
     assert done.exit_code == 0, done.output
     state, meta = load_model_file(out)
@@ -248,12 +274,13 @@ def test_command_with_a_dataset(tmp_path, checkpoint):
         "model": "cnn",
         "model_options": options,
     }
-    assert meta["predicted"]["noise"] == 0.1 and meta["predicted"]["batchnorm_images"] == 100
+    told = {"bits": None, "noise": 0.1, "rescale": True, "seed": 2, "batchnorm_images": 100}
+    assert meta["predicted"] == {"ghn": ghn_digest(checkpoint), **told}
     # the file is the model, whole
     data = load_dataset("digits")
     model = build_model("cnn", channels=1, classes=10, size=8, options=options)
     batches = calibration_images(data, TrainConfig(seed=2, batch_size=256), 100)
-    expected = predicted_model(model, checkpoint, batches, noise=0.1, seed=2)
+    expected = predicted_model(model, checkpoint, batches, noise=0.1, rescale=True, seed=2)
     model.load_state_dict(state, strict=True)
     for name, value in expected.state_dict().items():
         assert torch.equal(value, state[name]), name

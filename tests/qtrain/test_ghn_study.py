@@ -16,11 +16,13 @@ from qtrain.ghn.study_report import (
     Outcome,
     accuracy_table,
     difference_table,
+    screen_tables,
     training_table,
 )
 from qtrain.ghn.train import GhnRecipe
 from qtrain.recipe import new_model
 from qtrain.rundir import MODEL, load_model_file, read_json
+from rich.console import Console
 from torch.optim.swa_utils import update_bn
 
 import qkernels
@@ -86,7 +88,7 @@ def test_qat_from_predicted_weights_shares_the_runs(studied):
     assert all([step for step, _ in c.points] == [3] for c in curves)
     starts = {
         name: load_model_file(out / "start" / "w4a4" / name / "start0.safetensors")[0]
-        for name in ("random-0", "q-0", "q-0.1", "w4-0", "w4-0.1")
+        for name in ("random-0", "q-0", "q-0.1", "q-0-rescaled", "w4-0", "w4-0.1")
     }
     model = new_model(short, load_dataset("digits"))
     for slug in ("q", "w4"):
@@ -95,6 +97,9 @@ def test_qat_from_predicted_weights_shares_the_runs(studied):
         for name, value in weights.items():
             assert torch.equal(value, starts[f"{slug}-0"][name])
             assert torch.equal(noisy[name], starts[f"{slug}-0.1"][name])
+    rescaled = predict(model, out / "runs" / "q" / "seed0", rescale=True)
+    for name, value in rescaled.items():
+        assert torch.equal(value, starts["q-0-rescaled"][name])
     # LSQ's first scales are of inputs as the nets have them in training, whatever the weights
     model = new_model(short, load_dataset("digits"))
     model.load_state_dict(starts["random-0"])
@@ -167,6 +172,17 @@ def test_tables_by_hand():
     rows = difference_table(found, "id", [("b", "a")])[1]
     assert rows == [["b - a", "+5.0 ± 21.2 (1 of 2)", "+5.0 ± 7.1 (1 of 2)"]]
     assert training_table(found)[1][1] == ["b", "7", "1.500 ± 0.707", "9.00", "2, 0", "0, 0"]
+
+
+def test_tables_fit_a_terminal(capsys):
+    name = "all widths, told"
+    ways = [("FP32", ""), ("W8A8", "minmax"), ("W8A8", "percentile"), ("W4A4", "minmax")]
+    found = [outcome(name, seed, {way: [0.2, 0.4] for way in ways}) for seed in range(3)]
+    for table in screen_tables("widths", found):
+        Console(width=80).print(table)
+    shown = capsys.readouterr().out
+    assert shown.count(name) == 2 and "percentile" not in shown and "…" not in shown
+    assert shown.count("30.0 ± 0.0") == shown.count("/ 40.0") == 3
 
 
 def test_a_run_that_gave_up_is_a_row():

@@ -63,8 +63,7 @@ def ghn_study(
 
     from ..ghn.evaluate import EvalPlan
     from ..ghn.study import run_study
-    from ..ghn.study_report import accuracy_table, training_table
-    from ..report import rich_grid
+    from ..ghn.study_report import screen_tables
 
     widths = whole_numbers("bits", bits, 1, 16)
     evaluation = EvalPlan(bits=widths, mixed=widths if len(widths) > 1 else ())
@@ -72,8 +71,8 @@ def ghn_study(
     plan = replace(plan, nets=nets, evaluation=evaluation)
     outcomes = run_study(study, plan, out, seeds=range(seeds), jobs=jobs)
     console = Console()
-    console.print(rich_grid(*accuracy_table(outcomes, "id"), f"{study}: id split, %", left=1))
-    console.print(rich_grid(*training_table(outcomes), "training", left=1))
+    for table in screen_tables(study, outcomes):
+        console.print(table)
     typer.echo(f"{out}/{study}/report.md")
 
 

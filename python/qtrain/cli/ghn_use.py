@@ -123,6 +123,9 @@ def ghn_predict(
     noise: Annotated[
         float, typer.Option(help="Of each weight's deviation, to part equal channels: e.g. 0.05.")
     ] = 0.0,
+    rescale: Annotated[
+        bool, typer.Option("--rescale", help="Give each weight He's standard deviation.")
+    ] = False,
     batchnorm_images: Images = None,
     seed: Seed = 0,
     set_: Annotated[
@@ -158,6 +161,7 @@ def ghn_predict(
         ghn,
         bits=bits,
         noise=noise,
+        rescale=rescale,
         seed=seed,
         batchnorm_images=batchnorm_images,
         overwrite=overwrite,

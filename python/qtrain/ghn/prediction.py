@@ -34,6 +34,7 @@ def predict(
     example: Tensor | None = None,
     graph: Graph | None = None,
     noise: float = 0.0,
+    rescale: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """The parameters that a graph hypernetwork predicts for a model, by their state_dict names.
@@ -54,6 +55,9 @@ def predict(
         example: [N, C, H, W], an input, where torch.export is needed; see `build_graph`.
         graph: the model's, if it is there already.
         noise: relative size of the noise that breaks the symmetry; a few per cent for fine-tuning.
+        rescale: give each weight of a layer He's standard deviation, sqrt(2 / fan_in) (He et al.,
+            arXiv 1502.01852), before the noise. Before BatchNorm the function stays the same, but
+            not how far a step of the optimizer moves it.
         seed: names that noise.
 
     Returns:
@@ -71,6 +75,8 @@ def predict(
     graph = build_graph(model, example) if graph is None else graph
     with torch.no_grad():
         (weights,) = ghn.predict([graph], bits=bits, skeletons=[model])
+    if rescale:
+        weights = {name: _he_sized(w) for name, w in weights.items()}
     if noise:
         weights = {name: _shaken(name, w, noise, seed) for name, w in weights.items()}
     own = dict(model.named_parameters(remove_duplicate=False))
@@ -86,6 +92,7 @@ def predicted_model(
     example: Tensor | None = None,
     graph: Graph | None = None,
     noise: float = 0.0,
+    rescale: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """A copy of a model with predicted weights, in eval mode.
@@ -95,14 +102,15 @@ def predicted_model(
         batches: x, or tuples that start with x: BatchNorm's statistics are the mean of theirs, each
             batch counting alike (`torch.optim.swa_utils.update_bn`). Dropout is on in these
             forwards, named by the seed. None: the statistics stay as they are.
-        ghn, bits, example, graph, noise, seed: see `predict`.
+        ghn, bits, example, graph, noise, rescale, seed: see `predict`.
 
     Raises:
         FileNotFoundError, ValueError: as `predict`; a model on meta.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     require(device.type != "meta", "model", "one with values", "one on the meta device", "ghn")
-    weights = predict(model, ghn, bits=bits, example=example, graph=graph, noise=noise, seed=seed)
+    how: dict[str, Any] = {"bits": bits, "noise": noise, "rescale": rescale, "seed": seed}
+    weights = predict(model, ghn, example=example, graph=graph, **how)
     model = copy.deepcopy(model)
     model.load_state_dict(weights, strict=False)
     if batches is not None:
@@ -164,6 +172,14 @@ def coverage(model: nn.Module, graph: Graph, config: GhnConfig) -> Coverage:
         tiled += names if wide else ()
     left = graph.undecoded(model)
     return Coverage(tuple(predicted), tuple(tiled), tuple(interpolated), left)
+
+
+def _he_sized(weight: Tensor) -> Tensor:
+    """A weight [out, in / groups, ...] with He's standard deviation. What does not vary stays, and
+    so do embeddings of positions, [1, N, D]."""
+    if weight.ndim not in (2, 4) or not weight.std(correction=0) > 0:
+        return weight
+    return weight * (math.sqrt(2 / weight[0].numel()) / weight.std(correction=0))
 
 
 def _shaken(name: str, weight: Tensor, noise: float, seed: int) -> Tensor:

@@ -71,6 +71,7 @@ def write_prediction(
     *,
     bits: int | None = None,
     noise: float = 0.0,
+    rescale: bool = False,
     seed: int = 0,
     batchnorm_images: int | None = None,
     overwrite: bool = False,
@@ -83,7 +84,7 @@ def write_prediction(
 
     Args:
         out: file to write.
-        bits, noise: see `qtrain.ghn.prediction.predict`.
+        bits, noise, rescale: see `qtrain.ghn.prediction.predict`.
         seed: of the fresh values, the noise and the images.
         batchnorm_images: see `EvalPlan`.
         overwrite: replace the file if there is one.
@@ -112,10 +113,11 @@ def write_prediction(
     graph = build_graph(model, torch.zeros(1, shape["channels"], *sides, device=device))
     plan = EvalPlan(batchnorm_images=batchnorm_images, seed=seed)
     batches = None if data is None else Ground.of(data, plan).batchnorm
-    made = predicted_model(model, ghn, batches, graph=graph, bits=bits, noise=noise, seed=seed)
+    how: dict[str, Any] = {"bits": bits, "noise": noise, "rescale": rescale, "seed": seed}
+    made = predicted_model(model, ghn, batches, graph=graph, **how)
     scores = None if data is None else evaluate(made, data.test)
     images = sum(len(y) for _, y in batches or ())
-    told = {"ghn": digest, "bits": bits, "noise": noise, "seed": seed, "batchnorm_images": images}
+    told = {"ghn": digest, **how, "batchnorm_images": images}
     meta = {"train": wanted.describe(), "recipe": {"name": "float"}, "predicted": told}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_model_file(out, made.state_dict(), meta | ({"scores": scores} if scores else {}))

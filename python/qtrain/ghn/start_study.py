@@ -39,11 +39,13 @@ class Arm:
     Attributes:
         variant: of the GHN, a slug of `qtrain.ghn.study.VARIANTS`; None: random weights.
         noise: relative, breaks the symmetry of tiled channels; see `qtrain.ghn.predict`.
+        rescale: likewise.
     """
 
     name: str
     variant: str | None = None
     noise: float = 0.0
+    rescale: bool = False
 
 
 def arms_of(bits: int, noise: float) -> tuple[Arm, ...]:
@@ -52,8 +54,10 @@ def arms_of(bits: int, noise: float) -> tuple[Arm, ...]:
         Arm("random"),
         Arm("GHN-Q", "q"),
         Arm("GHN-Q, noise", "q", noise),
+        Arm("GHN-Q, rescaled", "q", rescale=True),
         Arm("GHN-QAT", f"w{bits}"),
         Arm("GHN-QAT, noise", f"w{bits}", noise),
+        Arm("GHN-QAT, rescaled", f"w{bits}", rescale=True),
     )
 
 
@@ -98,7 +102,8 @@ class StartJob:
 
     @property
     def folder(self) -> Path:
-        name = f"{self.arm.variant or 'random'}-{self.arm.noise:g}"
+        kind = "-rescaled" if self.arm.rescale else ""
+        name = f"{self.arm.variant or 'random'}-{self.arm.noise:g}{kind}"
         return self.out / "start" / bits_name((self.bits, self.bits)).lower() / name
 
     @property
@@ -143,8 +148,8 @@ def _write_start(job: StartJob, config: TrainConfig, path: Path) -> None:
             config.model, config.model_options, config.dataset, config.data_options
         )
         ghn = Job(job.arm.variant, job.seed, job.plan.ghn, job.out).folder()
-        how: dict[str, Any] = {"noise": job.arm.noise, "seed": job.seed, "cpu": True}
-        write_prediction(wanted, path, ghn, overwrite=True, **how)
+        how: dict[str, Any] = {"noise": job.arm.noise, "rescale": job.arm.rescale}
+        write_prediction(wanted, path, ghn, seed=job.seed, cpu=True, overwrite=True, **how)
         return
     data = load_dataset(config.dataset, config.data_options)
     with keeping_globals():
@@ -212,7 +217,7 @@ def _write(out: Path, curves: Sequence[Curve], plan: StartPlan) -> None:
     text = f"""# QAT from predicted weights: {plan.qat.model} on {plan.qat.dataset}, {plan.method}
 
 Seeds {", ".join(map(str, seeds))}; evaluated every {curves[0].points[0][0]} steps. noise:
-{plan.noise:g} of each weight's standard deviation.
+{plan.noise:g} of each weight's standard deviation. rescaled: each weight to He's.
 
 {markdown_grid(*table(curves, plan.goals), left=2)}
 ![test accuracy by steps]({PICTURE})

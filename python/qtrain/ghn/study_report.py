@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report import REPORT, RESULTS, colour, figure, markdown_grid, save_figure
+from rich.table import Table
+
+from ..report import REPORT, RESULTS, colour, figure, markdown_grid, rich_grid, save_figure
 from ..rundir import to_json, write_atomic
 from ..study import percent, plus_minus
 from .evaluate import NetScore
@@ -56,10 +58,12 @@ def _way_name(way: tuple[str, str]) -> str:
     return " ".join(part for part in way if part)
 
 
-def accuracy_table(outcomes: Sequence[Outcome], split: str) -> tuple[list[str], list[list[str]]]:
+def accuracy_table(
+    outcomes: Sequence[Outcome], split: str, ways: Sequence[tuple[str, str]] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """(columns, rows): the mean over a split's networks, its mean and standard deviation over
-    seeds, and after a slash the best network of all, in %."""
-    ways = _ways(outcomes)
+    seeds, and after a slash the best network of all, in %; at all (width, ranges), or at these."""
+    ways = _ways(outcomes) if ways is None else ways
     rows = []
     for variant in dict.fromkeys(o.variant for o in outcomes):
         mine = _of(outcomes, variant)
@@ -114,6 +118,23 @@ def training_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[st
         counts = [", ".join(str(getattr(o, n)) for o in mine) for n in ("skipped", "exploded")]
         rows.append([variant, str(mine[0].steps), loss, highest, *counts])
     return ["GHN", "steps", "last loss", "highest loss", "skipped", "exploded"], rows
+
+
+def screen_tables(name: str, outcomes: Sequence[Outcome]) -> list[Table]:
+    """What a terminal has room for: the id split, with the first kind of ranges alone."""
+    ways = _ways(outcomes)
+    ranges = next((method for _, method in ways if method), "")
+    columns, rows = accuracy_table(outcomes, "id", [way for way in ways if way[1] in ("", ranges)])
+    cells = [[cell.replace(" / ", "\n/ ") for cell in row] for row in rows]
+    training, counts = training_table(outcomes)
+    return [
+        rich_grid(_broken(columns), cells, f"{name}: id split, %", left=1, narrow=True),
+        rich_grid(_broken(training), counts, "training", left=1, narrow=True),
+    ]
+
+
+def _broken(columns: Sequence[str]) -> list[str]:
+    return [column.replace(" ", "\n") for column in columns]
 
 
 def write_report(
