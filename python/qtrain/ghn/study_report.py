@@ -158,9 +158,9 @@ def write_report(
         f"({', '.join(map(str, seeds))}) / the best network of all.\n",
     ]
     for split in _splits(outcomes):
-        parts += [f"## {split}\n", markdown_grid(*accuracy_table(outcomes, split))]
-        parts += [markdown_grid(*difference_table(outcomes, split, pairs))]
-    parts += ["## Training\n", markdown_grid(*training_table(outcomes))]
+        parts += [f"## {split}\n", markdown_grid(*accuracy_table(outcomes, split), left=1)]
+        parts += [markdown_grid(*difference_table(outcomes, split, pairs), left=1)]
+    parts += ["## Training\n", markdown_grid(*training_table(outcomes), left=1)]
     parts += [f"![accuracy by split]({PICTURE})\n"]
     write_atomic(out / REPORT, "\n".join(parts).encode())
     results = {"study": name, "plan": plan, "outcomes": [asdict(o) for o in outcomes]}
