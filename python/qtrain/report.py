@@ -76,6 +76,14 @@ def rich_grid(
     return table
 
 
+def broken(texts: Iterable[str], *marks: str) -> list[str]:
+    """Texts with a new line in place of the space of each mark (" / ", " (") or of a comma."""
+    lines = list(texts)
+    for mark in marks:
+        lines = [text.replace(mark, "\n" + mark.lstrip(" ,")) for text in lines]
+    return lines
+
+
 def markdown_grid(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 2) -> str:
     """The same in markdown, each cell on one line."""
     rule = "|" + "---|" * left + "---:|" * (len(columns) - left)

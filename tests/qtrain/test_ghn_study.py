@@ -178,11 +178,20 @@ def test_tables_fit_a_terminal(capsys):
     name = "all widths, told"
     ways = [("FP32", ""), ("W8A8", "minmax"), ("W8A8", "percentile"), ("W4A4", "minmax")]
     found = [outcome(name, seed, {way: [0.2, 0.4] for way in ways}) for seed in range(3)]
-    for table in screen_tables("widths", found):
+    longest = "GHN-QAT, rescaled"
+    curves = [
+        Curve(longest, 4, seed, ((20, 0.5), (20 * 10**seed, 0.96), (9000, 0.9))) for seed in (1, 2)
+    ] + [Curve(longest, 4, 3, ((20, 0.1), (9000, 0.2)))]
+    layers = weights_study.Layers("torch's default", [0.41] * 4, [-1.19] * 4, [1.76] * 4)
+    layers.noise = {bits: [-48.1] * 4 for bits in weights_study.BITS}
+    tables = [*screen_tables("widths", found), start_study.screen_table(curves, (0.9, 0.95))]
+    for table in (*tables, weights_study.screen_table([layers])):
         Console(width=80).print(table)
     shown = capsys.readouterr().out
     assert shown.count(name) == 2 and "percentile" not in shown and "…" not in shown
     assert shown.count("30.0 ± 0.0") == shown.count("/ 40.0") == 3
+    assert shown.count(longest) == 1 and shown.count("1100 ± 1273") == shown.count("1 never") == 2
+    assert shown.count("torch's default") == 1 and shown.count("-48.1") == 3
 
 
 def test_a_run_that_gave_up_is_a_row():

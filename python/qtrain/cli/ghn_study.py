@@ -97,15 +97,14 @@ def ghn_start(
     from dataclasses import replace
 
     from ..ghn.run import settings_for
-    from ..ghn.start_study import StartPlan, default_qat, run_starts, table
-    from ..report import rich_grid
+    from ..ghn.start_study import StartPlan, default_qat, run_starts, screen_table
 
     config = settings_for(preset, train=parse_settings(set_ or []))[0]
     qat = replace(default_qat(config.dataset, config.data_options), epochs=qat_epochs)
     ghn = _plan(preset, epochs, tuning_epochs, lr, set_)
     plan = StartPlan(ghn, qat, whole_numbers("bits", bits, 1, 16), noise=noise)
     curves = run_starts(plan, out, seeds=range(seeds), jobs=jobs)
-    Console().print(rich_grid(*table(curves, plan.goals), "QAT by its start", left=2))
+    Console().print(screen_table(curves, plan.goals))
     typer.echo(f"{out}/start/report.md")
 
 
@@ -124,10 +123,9 @@ def ghn_weights(
     """How weights of GHN-Q and GHN-QAT are distributed, beside random ones."""
     from dataclasses import replace
 
-    from ..ghn.weights_study import run_weights, table
-    from ..report import rich_grid
+    from ..ghn.weights_study import run_weights, screen_table
 
     plan = replace(_plan(preset, epochs, tuning_epochs, lr, set_), nets=nets)
     shapes = run_weights(plan, out, seeds=range(seeds), jobs=jobs)
-    Console().print(rich_grid(*table(shapes), "weights by layer: median (quartiles)", left=1))
+    Console().print(screen_table(shapes))
     typer.echo(f"{out}/weights/report.md")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from torch.optim.swa_utils import update_bn
 
 from ..data import load_dataset
@@ -20,7 +21,17 @@ from ..loop import train
 from ..progress import Track
 from ..qat import Qat, qat_qconfig
 from ..recipe import TrainConfig, new_model, require
-from ..report import REPORT, RESULTS, bits_name, colour, figure, markdown_grid, save_figure
+from ..report import (
+    REPORT,
+    RESULTS,
+    bits_name,
+    broken,
+    colour,
+    figure,
+    markdown_grid,
+    rich_grid,
+    save_figure,
+)
 from ..rundir import METRICS, read_metrics, to_json, write_atomic, write_model_file
 from ..seeds import keeping_globals, seed_globals
 from ..source import FloatSource
@@ -203,6 +214,13 @@ def table(curves: Sequence[Curve], goals: Sequence[float]) -> tuple[list[str], l
     return ["bits", "start", *named, f"after {first} steps, %", "at the end, %"], rows
 
 
+def screen_table(curves: Sequence[Curve], goals: Sequence[float]) -> Table:
+    """The same for a terminal."""
+    columns, rows = table(curves, goals)
+    cells = [[*row[:2], *broken(row[2:], ", ")] for row in rows]
+    return rich_grid(broken(columns, " to"), cells, "QAT by its start", narrow=True)
+
+
 def _steps(steps: Sequence[float]) -> str:
     reached = [step for step in steps if math.isfinite(step)]
     if not reached:
@@ -216,8 +234,8 @@ def _write(out: Path, curves: Sequence[Curve], plan: StartPlan) -> None:
     plot(out / PICTURE, curves)
     text = f"""# QAT from predicted weights: {plan.qat.model} on {plan.qat.dataset}, {plan.method}
 
-Seeds {", ".join(map(str, seeds))}; evaluated every {curves[0].points[0][0]} steps. noise:
-{plan.noise:g} of each weight's standard deviation. rescaled: each weight to He's.
+Seeds {", ".join(map(str, seeds))}; evaluated every {curves[0].points[0][0]} steps.
+Noise: {plan.noise:g} of each weight's standard deviation. Rescaled: each weight to He's.
 
 {markdown_grid(*table(curves, plan.goals), left=2)}
 ![test accuracy by steps]({PICTURE})

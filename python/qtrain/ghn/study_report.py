@@ -10,7 +10,16 @@ from typing import Any
 
 from rich.table import Table
 
-from ..report import REPORT, RESULTS, colour, figure, markdown_grid, rich_grid, save_figure
+from ..report import (
+    REPORT,
+    RESULTS,
+    broken,
+    colour,
+    figure,
+    markdown_grid,
+    rich_grid,
+    save_figure,
+)
 from ..rundir import to_json, write_atomic
 from ..study import percent, plus_minus
 from .evaluate import NetScore
@@ -125,16 +134,12 @@ def screen_tables(name: str, outcomes: Sequence[Outcome]) -> list[Table]:
     ways = _ways(outcomes)
     ranges = next((method for _, method in ways if method), "")
     columns, rows = accuracy_table(outcomes, "id", [way for way in ways if way[1] in ("", ranges)])
-    cells = [[cell.replace(" / ", "\n/ ") for cell in row] for row in rows]
+    cells = [broken(row, " / ") for row in rows]
     training, counts = training_table(outcomes)
     return [
-        rich_grid(_broken(columns), cells, f"{name}: id split, %", left=1, narrow=True),
-        rich_grid(_broken(training), counts, "training", left=1, narrow=True),
+        rich_grid(broken(columns, " "), cells, f"{name}: id split, %", left=1, narrow=True),
+        rich_grid(broken(training, " "), counts, "training", left=1, narrow=True),
     ]
-
-
-def _broken(columns: Sequence[str]) -> list[str]:
-    return [column.replace(" ", "\n") for column in columns]
 
 
 def write_report(

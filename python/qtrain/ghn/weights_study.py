@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from qkernels import foreach
@@ -23,7 +24,16 @@ from qkernels.nn import quantizable_layers
 from ..data import load_dataset
 from ..progress import Track
 from ..recipe import require
-from ..report import REPORT, RESULTS, colour, figure, markdown_grid, save_figure
+from ..report import (
+    REPORT,
+    RESULTS,
+    broken,
+    colour,
+    figure,
+    markdown_grid,
+    rich_grid,
+    save_figure,
+)
 from ..rundir import to_json, write_atomic
 from ..seeds import keeping_globals, seed_globals
 from .checkpoint import load_ghn
@@ -145,6 +155,14 @@ def table(shapes: Sequence[Layers]) -> tuple[list[str], list[list[str]]]:
     return ["weights", "size / He's", "excess kurtosis", "largest / sd", *noise], rows
 
 
+def screen_table(shapes: Sequence[Layers]) -> Table:
+    """The medians, for a terminal."""
+    columns, rows = table(shapes)
+    cells = [[row[0], *(cell.split(" (")[0] for cell in row[1:])] for row in rows]
+    heads = broken(columns, " /", " at", ", ")
+    return rich_grid(heads, cells, "weights by layer: medians", left=1, narrow=True)
+
+
 def _quartiles(values: Sequence[float], digits: int) -> str:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
@@ -157,7 +175,7 @@ def _write(out: Path, shapes: Sequence[Layers], nets: int) -> None:
 
 Medians over layers (quartiles); the first and the last layer are left out.
 
-{markdown_grid(*table(shapes))}
+{markdown_grid(*table(shapes), left=1)}
 size: standard deviation over sqrt(2 / fan_in). error: mean squared error of rounding (symmetric,
 per channel, min-max) over the mean square; lower is better.
 
