@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from qtrain.cli import app
 from qtrain.data import load_dataset
 from qtrain.ghn import start_study, study, weights_study
 from qtrain.ghn.evaluate import EvalPlan, Ground, NetScore
@@ -24,6 +25,7 @@ from qtrain.recipe import new_model
 from qtrain.rundir import MODEL, load_model_file, read_json
 from rich.console import Console
 from torch.optim.swa_utils import update_bn
+from typer.testing import CliRunner
 
 import qkernels
 
@@ -174,24 +176,58 @@ def test_tables_by_hand():
     assert training_table(found)[1][1] == ["b", "7", "1.500 ± 0.707", "9.00", "2, 0", "0, 0"]
 
 
+def curves():
+    """Two seeds that come to 95 %, and one that never does."""
+    paths = [((20, 0.5), (20 * 10**seed, 0.96), (9000, 0.9)) for seed in (1, 2)]
+    paths.append(((20, 0.1), (9000, 0.2)))
+    return [Curve("GHN-QAT, rescaled", 4, seed, path) for seed, path in enumerate(paths)]
+
+
+def layers():
+    found = weights_study.Layers("torch's default", [0.41] * 4, [-1.19] * 4, [1.76] * 4)
+    found.noise = {bits: [-48.1] * 4 for bits in weights_study.BITS}
+    return found
+
+
 def test_tables_fit_a_terminal(capsys):
     name = "all widths, told"
     ways = [("FP32", ""), ("W8A8", "minmax"), ("W8A8", "percentile"), ("W4A4", "minmax")]
     found = [outcome(name, seed, {way: [0.2, 0.4] for way in ways}) for seed in range(3)]
-    longest = "GHN-QAT, rescaled"
-    curves = [
-        Curve(longest, 4, seed, ((20, 0.5), (20 * 10**seed, 0.96), (9000, 0.9))) for seed in (1, 2)
-    ] + [Curve(longest, 4, 3, ((20, 0.1), (9000, 0.2)))]
-    layers = weights_study.Layers("torch's default", [0.41] * 4, [-1.19] * 4, [1.76] * 4)
-    layers.noise = {bits: [-48.1] * 4 for bits in weights_study.BITS}
-    tables = [*screen_tables("widths", found), start_study.screen_table(curves, (0.9, 0.95))]
-    for table in (*tables, weights_study.screen_table([layers])):
+    tables = [*screen_tables("widths", found), start_study.screen_table(curves(), (0.9, 0.95))]
+    for table in (*tables, weights_study.screen_table([layers()])):
         Console(width=80).print(table)
     shown = capsys.readouterr().out
     assert shown.count(name) == 2 and "percentile" not in shown and "…" not in shown
     assert shown.count("30.0 ± 0.0") == shown.count("/ 40.0") == 3
-    assert shown.count(longest) == 1 and shown.count("1100 ± 1273") == shown.count("1 never") == 2
+    assert (
+        shown.count("GHN-QAT, rescaled") == 1
+        and shown.count("1100 ± 1273") == shown.count("1 never") == 2
+    )
     assert shown.count("torch's default") == 1 and shown.count("-48.1") == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function", "result"),
+    [
+        ("ghn-study", study, "run_study", [outcome("a", 0, {("FP32", ""): [0.25]})]),
+        ("ghn-start", start_study, "run_starts", curves()),
+        ("ghn-weights", weights_study, "run_weights", [layers()]),
+    ],
+)
+def test_commands(monkeypatch, tmp_path, command, module, function, result):
+    called = []
+    monkeypatch.setattr(module, function, lambda *a, **k: called.append((a, k)) or result)
+    words = ["--epochs", "6", "--seeds", "2", "--jobs", "1", "--set", "batch_size=16"]
+    done = CliRunner().invoke(app, [command, "--out", str(tmp_path / "x"), *words])
+    assert done.exit_code == 0, done.output
+    assert f"x/{'quantized' if function == 'run_study' else command[4:]}/report.md" in done.output
+    ((arguments, named),) = called
+    assert arguments[-1] == tmp_path / "x" and named == {"seeds": range(2), "jobs": 1}
+    plan = arguments[-2].ghn if function == "run_starts" else arguments[-2]
+    assert (plan.epochs, plan.tuning_epochs, plan.train) == (6, 3, {"batch_size": 16})
+    refused = CliRunner().invoke(app, [command, "--set", "lr=1"])
+    assert refused.exit_code == 2 and "--set: lr must be left to --lr" in refused.output
+    assert len(called) == 1
 
 
 def test_a_run_that_gave_up_is_a_row():
