@@ -77,7 +77,8 @@ def rich_grid(
 
 
 def broken(texts: Iterable[str], *marks: str) -> list[str]:
-    """Texts with a new line in place of the space of each mark (" / ", " (") or of a comma."""
+    """Texts that start a new line at each of the marks, for a screen: "a / b" at " / ", "a, b" at
+    ", ". Spaces and commas that a mark starts with are dropped."""
     lines = list(texts)
     for mark in marks:
         lines = [text.replace(mark, "\n" + mark.lstrip(" ,")) for text in lines]

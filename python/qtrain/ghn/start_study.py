@@ -41,6 +41,7 @@ from .prediction_file import ModelToPredict, write_prediction
 from .study import Job, Plan, train_variants
 
 PICTURE = "start.png"
+DASHES = "-", "--", ":"
 
 
 @dataclass(frozen=True)
@@ -245,19 +246,23 @@ Noise: {plan.noise:g} of each weight's standard deviation. Rescaled: each weight
 
 
 def plot(path: Path, curves: Sequence[Curve]) -> None:
-    """A panel per width, a colour per start, a line per seed."""
+    """A panel per width, a line per seed: a colour per origin of the weights, dashes by what was
+    done to them."""
     widths = list(dict.fromkeys(curve.bits for curve in curves))
     arms = list(dict.fromkeys(curve.arm for curve in curves))
-    canvas, axes = figure(len(widths), width=4.2)
+    origins, deeds = ([*dict.fromkeys(a.partition(", ")[end] for a in arms)] for end in (0, 2))
+    canvas, axes = figure(len(widths), width=4.8)
     for axis, bits in zip([axes] if len(widths) == 1 else axes, widths, strict=True):
-        for number, arm in enumerate(arms):
+        for arm in arms:
+            origin, _, deed = arm.partition(", ")
+            look = {"color": colour(origins.index(origin)), "ls": DASHES[deeds.index(deed)]}
             mine = [c for c in curves if (c.bits, c.arm) == (bits, arm)]
             for place, curve in enumerate(mine):
                 steps, accuracies = zip(*curve.points, strict=True)
                 label = arm if place == 0 else None
                 shown = [100 * value for value in accuracies]
-                axis.plot(steps, shown, color=colour(number), alpha=0.7, label=label)
+                axis.plot(steps, shown, **look, alpha=0.7, label=label)
         axis.set(title=bits_name((bits, bits)), xlabel="steps of QAT", ylabel="test accuracy, %")
         axis.grid(alpha=0.3)
-    canvas.legend(*axis.get_legend_handles_labels(), fontsize="small", loc="outside upper right")
+    canvas.legend(*axis.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     save_figure(canvas, path)
